@@ -1,0 +1,1 @@
+"""Modules and models from dotted names and YAML files; the default configurations."""

@@ -1,0 +1,1 @@
+"""AIMNet2, its mixed-fidelity form, and the deployable wrapper."""

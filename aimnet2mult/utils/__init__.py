@@ -1,0 +1,1 @@
+"""Units and small helpers without dependencies inside the package."""
