@@ -12,10 +12,12 @@ flat
 batch, M neighbours. Keys that begin with ``_`` are internal to a model and never leave it.
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+from aimnet2mult.neighborlist import neighbor_matrix
 
 MASKED_DISTANCE = 100.0
 """Distance in Å that masked pairs (an atom with itself, with padding) are given, so that every function of it is finite."""
@@ -231,30 +233,39 @@ def pair_mask(data: Dict[str, Tensor], suffix: str) -> Tensor:
     return mask
 
 
-def pair_vectors(data: Dict[str, Tensor], suffix: str) -> Tuple[Tensor, Tensor, Tensor]:
-    """Distances and vectors from each atom to its neighbours.
+def pair_vectors(
+    data: Dict[str, Tensor], suffix: str, masked_distance: float = MASKED_DISTANCE
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Distances and vectors from each atom to its neighbours, computed once per batch and kept in it.
 
     Parameters
     ----------
     data : dict
-        The batch.
+        The batch. The result is stored under ``_d_ij, _r_ij, _mask_ij`` (+ ``suffix``); in dense layout the
+        long-range pairs are the same as the others.
     suffix : str
         As in `neighbors`.
+    masked_distance : float
+        Distance of pairs that do not count, Å.
 
     Returns
     -------
     d_ij : Tensor
-        (B, N, N) or (A, M), Å. Masked pairs have `MASKED_DISTANCE`.
+        (B, N, N) or (A, M), Å.
     r_ij : Tensor
         r_j - r_i (+ lattice translation), (B, N, N, 3) or (A, M, 3), Å.
     mask : Tensor
         bool, shape of ``d_ij``: pairs that count (`pair_mask`).
     """
     coord = data["coord"]
+    if coord.dim() == 3:
+        suffix = ""
+    if "_d_ij" + suffix in data:
+        return data["_d_ij" + suffix], data["_r_ij" + suffix], data["_mask_ij" + suffix]
     mask = pair_mask(data, suffix)
     r_ij = neighbors(coord, data, suffix) - center(coord, data)
     shifts_key = "shifts" + suffix
-    if "cell" in data and shifts_key in data and coord.dim() == 2:
+    if "cell" in data and shifts_key in data:
         cell = data["cell"]
         shifts = data[shifts_key].to(coord.dtype)
         if cell.dim() == 3:
@@ -262,11 +273,205 @@ def pair_vectors(data: Dict[str, Tensor], suffix: str) -> Tuple[Tensor, Tensor, 
         else:
             r_ij = r_ij + shifts @ cell
     # Replace the vector, not the distance: the norm at zero has no second derivative, masked afterwards or not.
-    outside = torch.tensor([MASKED_DISTANCE, 0.0, 0.0], dtype=coord.dtype, device=coord.device)
+    outside = torch.tensor([masked_distance, 0.0, 0.0], dtype=coord.dtype, device=coord.device)
     r_ij = torch.where(mask.unsqueeze(-1), r_ij, outside)
-    return r_ij.norm(dim=-1), r_ij, mask
+    d_ij = r_ij.norm(dim=-1)
+    data["_d_ij" + suffix] = d_ij
+    data["_r_ij" + suffix] = r_ij
+    data["_mask_ij" + suffix] = mask
+    return d_ij, r_ij, mask
 
 
 def neighbor_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum a pair quantity (B, N, M) or (A, M) over the neighbours that ``mask`` lets count, in float64."""
     return x.masked_fill(~mask, 0.0).sum(dim=-1, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------
+# from the caller's layout to the model's and back
+# --------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(data: Dict[str, Tensor]) -> None:
+    if "coord" not in data or "numbers" not in data:
+        raise ValueError("the input needs the keys coord and numbers")
+    coord, numbers = data["coord"], data["numbers"]
+    if coord.dim() not in (2, 3) or coord.shape[-1] != 3:
+        raise ValueError(f"coord must have shape (B, N, 3) or (A, 3), found {list(coord.shape)}")
+    if list(numbers.shape) != list(coord.shape[:-1]):
+        raise ValueError(f"numbers has shape {list(numbers.shape)}, coord {list(coord.shape)}: one number per atom")
+    if not coord.is_floating_point():
+        raise ValueError("coord must be a tensor of floating-point numbers")
+    if coord.dim() == 2 and "mol_idx" in data and data["mol_idx"].shape[0] != coord.shape[0]:
+        raise ValueError(f"mol_idx has {data['mol_idx'].shape[0]} entries, coord {coord.shape[0]}: one per atom")
+    if "nbmat" in data and data["nbmat"].dim() != coord.dim():
+        raise ValueError(
+            "nbmat must have shape (A, M) with coord (A, 3), or (B, N, M) with coord (B, N, 3); "
+            f"found {list(data['nbmat'].shape)} with {list(coord.shape)}"
+        )
+
+
+def _molecule_values(data: Dict[str, Tensor], key: str, default: float, n_mol: int) -> Tensor:
+    """A value per molecule (B,), the default where the caller gives none, dtype and device of ``coord``."""
+    coord = data["coord"]
+    if key not in data:
+        return torch.full([n_mol], default, dtype=coord.dtype, device=coord.device)
+    value = data[key].to(device=coord.device, dtype=coord.dtype).reshape(-1)
+    if value.shape[0] != n_mol:
+        raise ValueError(f"{key} has {value.shape[0]} entries for {n_mol} molecules")
+    return value
+
+
+def internal_batch(
+    data: Dict[str, Tensor], cutoff: float, cutoff_lr: float, dense_limit: int = 256
+) -> Dict[str, Tensor]:
+    """Copy the documented inputs of a batch into a new dictionary, in one of the two layouts that the model works in.
+
+    Dense input stays dense when it is not periodic, brings no neighbour matrix and its molecules have at most
+    ``dense_limit`` places; everything else becomes flat with a padding atom at the end. Missing neighbour
+    matrices are made.
+
+    Parameters
+    ----------
+    data : dict
+        The caller's batch, left as it is. Layouts: dense (B, N, 3); dense with ``nbmat`` (B, N, M), the last atom
+        of each molecule being padding; flat (A, 3) with ``mol_idx`` (absent: one molecule), without or with
+        ``nbmat`` (A, M), then the last atom is padding.
+    cutoff : float
+        Cutoff of the network, Å.
+    cutoff_lr : float
+        Largest distance that a long-range term needs, Å; 0 if there is none, ``inf`` for all pairs.
+    dense_limit : int
+        See above.
+
+    Returns
+    -------
+    dict
+        ``coord, numbers, charge, mult`` (+ ``mol_idx, nbmat, nbmat_lr, shifts, shifts_lr, cell`` in flat layout),
+        ``_real_idx`` (places of the atoms that are not padding) and, where the layout was changed,
+        ``_restore_idx`` (for each of the caller's atoms its row).
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, missing keys, a cell together with a long-range term of infinite range.
+    """
+    _check_shapes(data)
+    coord, numbers = data["coord"], data["numbers"].long()
+    out: Dict[str, Tensor] = {}
+    if "cell" in data:
+        out["cell"] = data["cell"].to(coord.dtype)
+
+    dense = coord.dim() == 3
+    if dense:
+        n_mol = coord.shape[0]
+    elif "mol_idx" not in data:
+        n_mol = 1
+    elif "charge" in data and data["charge"].dim() == 1:
+        n_mol = data["charge"].shape[0]
+    else:
+        n_mol = int(data["mol_idx"].max().item()) + 1 if numbers.shape[0] > 0 else 0
+    out["charge"] = _molecule_values(data, "charge", 0.0, n_mol)
+    out["mult"] = _molecule_values(data, "mult", 1.0, n_mol)
+    if "_fidelities" in data:
+        out["_fidelities"] = data["_fidelities"]
+
+    if dense and "nbmat" not in data and "cell" not in data and coord.shape[1] <= dense_limit:
+        out["coord"], out["numbers"] = coord, numbers
+        out["_real_idx"] = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
+        return out
+
+    device = coord.device
+    if dense:
+        mol_idx = torch.arange(n_mol, device=device).unsqueeze(1).expand(numbers.shape).reshape(-1)
+    elif "mol_idx" in data:
+        mol_idx = data["mol_idx"].long()
+    else:
+        mol_idx = torch.zeros(numbers.shape[0], dtype=torch.long, device=device)
+
+    if "nbmat" in data:
+        rows = torch.arange(0, numbers.numel(), device=device)
+        if dense:
+            out["_restore_idx"] = rows
+            first = (torch.arange(n_mol, device=device) * coord.shape[1]).view(-1, 1, 1)
+            for key in ["nbmat", "nbmat_lr"]:
+                if key in data:
+                    out[key] = (data[key].long() + first).flatten(0, 1)
+            for key in ["shifts", "shifts_lr"]:
+                if key in data:
+                    out[key] = data[key].flatten(0, 1)
+            coord, numbers = coord.flatten(0, 1), numbers.flatten(0, 1)
+        else:
+            for key in ["nbmat", "nbmat_lr"]:
+                if key in data:
+                    out[key] = data[key].long()
+            for key in ["shifts", "shifts_lr"]:
+                if key in data:
+                    out[key] = data[key]
+        real_idx = torch.nonzero(real_atoms(numbers)).squeeze(1)
+    else:
+        kept = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
+        restore = torch.full([numbers.numel()], kept.shape[0], dtype=torch.long, device=device)
+        out["_restore_idx"] = restore.index_copy(0, kept, torch.arange(kept.shape[0], device=device))
+        coord = torch.cat([coord.reshape(-1, 3)[kept], coord.new_zeros([1, 3])])
+        numbers = torch.cat([numbers.reshape(-1)[kept], numbers.new_zeros([1])])
+        mol_idx = mol_idx[kept]
+        last = mol_idx[-1:] if mol_idx.shape[0] > 0 else mol_idx.new_zeros([1])
+        mol_idx = torch.cat([mol_idx, last])
+        real_idx = torch.arange(kept.shape[0], device=device)
+    out["coord"], out["numbers"], out["mol_idx"], out["_real_idx"] = coord, numbers, mol_idx, real_idx
+
+    cell: Optional[Tensor] = None
+    if "cell" in out:
+        cell = out["cell"]
+    if "nbmat" not in out:
+        nbmat, shifts = neighbor_matrix(coord[:-1], mol_idx[:-1], cutoff, cell)
+        out["nbmat"] = nbmat
+        if shifts is not None:
+            out["shifts"] = shifts
+    if cutoff_lr > 0.0 and "nbmat_lr" not in out:
+        if cutoff_lr <= cutoff and "nbmat" not in data:
+            out["nbmat_lr"] = out["nbmat"]
+            if "shifts" in out:
+                out["shifts_lr"] = out["shifts"]
+        else:
+            packed = torch.full([numbers.shape[0]], real_idx.shape[0], dtype=torch.long, device=device)
+            packed = packed.index_copy(0, real_idx, torch.arange(real_idx.shape[0], device=device))
+            nbmat, shifts = neighbor_matrix(coord[real_idx], mol_idx[real_idx], cutoff_lr, cell)
+            # Rows and entries from packed atoms to the batch; padding rows share the padding row of the list.
+            places = torch.cat([real_idx, torch.tensor([numbers.shape[0] - 1], device=device)])
+            out["nbmat_lr"] = places[nbmat][packed]
+            if shifts is not None:
+                out["shifts_lr"] = shifts[packed]
+    return out
+
+
+def emitted_batch(batch: Dict[str, Tensor], data: Dict[str, Tensor], atom_keys: List[str]) -> Dict[str, Tensor]:
+    """What a model returns: the caller's keys and the results, in the caller's layout, without internal keys.
+
+    Parameters
+    ----------
+    batch : dict
+        Made by `internal_batch`, with results added.
+    data : dict
+        The caller's batch.
+    atom_keys : list of str
+        Keys that hold one value per atom.
+
+    Returns
+    -------
+    dict
+        Keys and shapes of `BATCH_KEYS`.
+    """
+    out: Dict[str, Tensor] = {}
+    for key, value in data.items():
+        out[key] = value
+    for key, value in batch.items():
+        inner = key.startswith("_") or key.startswith("nbmat") or key.startswith("shifts") or key == "cell"
+        if inner or key in ["coord", "numbers", "mol_idx"]:
+            continue
+        if key in atom_keys and "_restore_idx" in batch:
+            shape = list(data["numbers"].shape) + list(value.shape[1:])
+            value = value[batch["_restore_idx"]].reshape(shape)
+        out[key] = value
+    return out

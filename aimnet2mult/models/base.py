@@ -1,0 +1,274 @@
+"""Model files: configurations, weights, checkpoints. The one place that knows how a model is written and read."""
+
+import pickle
+import platform
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import aimnet2mult
+from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build, load_yaml, resolve
+from aimnet2mult.constants import FIDELITY_OFFSET
+from aimnet2mult.models.aimnet2 import AIMNet2
+from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, num_types
+from aimnet2mult.utils.files import atomic_path
+
+DEFAULT_MODEL = Path(aimnet2mult.__file__).parent / "config" / "default_model.yaml"
+"""The full-size model."""
+
+CHECKPOINT_VERSION = 1
+"""Version of the checkpoint format."""
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint, or one that does not fit the model."""
+
+
+def load_model_config(path: str | Path | None = None) -> dict[str, Any]:
+    """Read a model YAML file.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        Default: the packaged full-size model.
+
+    Returns
+    -------
+    dict
+        ``class`` and ``kwargs``.
+
+    Raises
+    ------
+    FileNotFoundError, ConfigError
+        No such file; not a model file (the message names it).
+    """
+    path = DEFAULT_MODEL if path is None else Path(path)
+    config = load_yaml(path)
+    if not isinstance(config, dict) or "class" not in config:
+        raise ConfigError(f"{path}: not a model file: it needs the keys class and kwargs")
+    try:
+        target = resolve(config["class"], MODEL_NAMESPACES)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: class: {error}") from error
+    if not (isinstance(target, type) and issubclass(target, AIMNet2)) or issubclass(target, MixedFidelityAIMNet2):
+        raise ConfigError(
+            f"{path}: class: expected aimnet2mult.models.aimnet2.AIMNet2, found {config['class']}; the number of "
+            "fidelities comes from the data, not from the model file"
+        )
+    return config
+
+
+def build_model(
+    config: Mapping[str, Any],
+    num_fidelities: int = 1,
+    fidelity_offset: int = FIDELITY_OFFSET,
+    use_fidelity_readouts: bool = True,
+) -> AIMNet2:
+    """Build an untrained model.
+
+    Parameters
+    ----------
+    config : mapping
+        ``class`` and ``kwargs`` of the single-fidelity model (`load_model_config`).
+    num_fidelities : int
+        1 gives a plain `AIMNet2`, more a `MixedFidelityAIMNet2`.
+    fidelity_offset, use_fidelity_readouts
+        As in `MixedFidelityAIMNet2`.
+
+    Raises
+    ------
+    ConfigError
+        Names the part of the configuration that does not fit.
+    """
+    if num_fidelities == 1:
+        model = build(config, MODEL_NAMESPACES, "model")
+    else:
+        model = _build_mixed(config, num_fidelities, fidelity_offset, use_fidelity_readouts)
+    assert isinstance(model, AIMNet2)
+    return model
+
+
+def _build_mixed(
+    config: Mapping[str, Any], num_fidelities: int, fidelity_offset: int, use_fidelity_readouts: bool
+) -> MixedFidelityAIMNet2:
+    # Builds the plain model once, so that mistakes in the configuration are reported in its terms.
+    build(config, MODEL_NAMESPACES, "model")
+    return MixedFidelityAIMNet2(config, num_fidelities, fidelity_offset, use_fidelity_readouts)
+
+
+def unused_copies(state_dict: Mapping[str, Tensor]) -> set[str]:
+    """Keys of a reference checkpoint that its model never reads: ``outputs.*``, ``shared_readout.*`` beside heads."""
+    if not any(key.startswith("fidelity_readouts.") for key in state_dict):
+        return set()
+    return {key for key in state_dict if key.startswith(("outputs.", "shared_readout."))}
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights, every key accounted for.
+
+    The unused copies of the reference layout (`unused_copies`) are left out; anything else that is missing, left
+    over or of another shape is an error.
+
+    Raises
+    ------
+    CheckpointError
+        Names the keys.
+    """
+    skipped = unused_copies(state_dict)
+    given = {key: value for key, value in state_dict.items() if key not in skipped}
+    own = model.state_dict()
+    problems = [
+        _key_list("missing", [key for key in own if key not in given]),
+        _key_list("left over", [key for key in given if key not in own]),
+        _key_list(
+            "of another shape",
+            [
+                f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in own
+                if key in given and given[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            "the weights are of another architecture than the model: " + "; ".join(p for p in problems if p)
+        )
+    model.load_state_dict(given)
+    if isinstance(model, AIMNet2):
+        model.update_keys_and_cutoffs()
+
+
+def _key_list(what: str, keys: Sequence[str], shown: int = 4) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return f"{len(keys)} {what} ({', '.join(keys[:shown])}{more})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "aimnet2mult": aimnet2mult.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    model_config: Mapping[str, Any],
+    num_fidelities: int,
+    fidelity_offset: int,
+    use_fidelity_readouts: bool,
+    fidelity_names: Mapping[int, str] | None = None,
+    sae: Mapping[int, Mapping[int, float]] | None = None,
+    species: Mapping[int, Sequence[int]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a self-describing checkpoint, to a temporary name that is then moved into place.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    model : nn.Module
+        Its state dict is stored under ``model``, on the CPU.
+    model_config : mapping
+        ``class`` and ``kwargs`` of the single-fidelity model.
+    num_fidelities, fidelity_offset, use_fidelity_readouts
+        As in `build_model`.
+    fidelity_names : mapping, optional
+        Name of each fidelity.
+    sae : mapping, optional
+        Self-atomic energies of each fidelity, {f: {Z: eV}}.
+    species : mapping, optional
+        Elements in the training data of each fidelity, {f: [Z]}.
+    extra : mapping, optional
+        Further entries of plain Python types and tensors (state of the training).
+    """
+    checkpoint: dict[str, Any] = {
+        "format_version": CHECKPOINT_VERSION,
+        "model": {key: value.detach().cpu() for key, value in model.state_dict().items()},
+        "model_config": _plain(model_config),
+        "num_fidelities": int(num_fidelities),
+        "fidelity_offset": int(fidelity_offset),
+        "use_fidelity_readouts": bool(use_fidelity_readouts),
+        "fidelity_names": {int(f): str(name) for f, name in (fidelity_names or {}).items()},
+        "sae": {int(f): {int(z): float(e) for z, e in table.items()} for f, table in (sae or {}).items()},
+        "species": {int(f): [int(z) for z in numbers] for f, numbers in (species or {}).items()},
+        "versions": versions(),
+    }
+    for key, value in (extra or {}).items():
+        assert key not in checkpoint, key
+        checkpoint[key] = value
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences as dicts and lists, which load with ``weights_only=True``."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint: ours, ``{"model": state_dict}`` of earlier work, or a bare state dict.
+
+    Returns
+    -------
+    dict
+        ``model`` always holds the weights; the other entries of `save_checkpoint` are there if the file has them.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        No such file; not a file of weights (the message names it).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        if zipfile.is_zipfile(path) and any(
+            name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()
+        ):
+            raise CheckpointError(
+                f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt file of the training"
+            ) from error
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        checkpoint = dict(content)
+    elif isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        checkpoint = {"model": content}
+    else:
+        raise CheckpointError(f"{path}: holds no weights: expected a state dict, or one under the key model")
+    weights = checkpoint["model"]
+    if "afv.weight" not in weights:
+        raise CheckpointError(f"{path}: these are not the weights of an AIMNet2 model: there is no afv.weight")
+    version = checkpoint.get("format_version", CHECKPOINT_VERSION)
+    if version > CHECKPOINT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {version} is newer than this package; update aimnet2mult")
+    return checkpoint
+
+
+def count_fidelities(state_dict: Mapping[str, Tensor], fidelity_offset: int = FIDELITY_OFFSET) -> int:
+    """Number of fidelities that weights belong to: from their readouts, else from the rows of the embedding."""
+    heads = {key.split(".")[1] for key in state_dict if key.startswith("fidelity_readouts.")}
+    if heads:
+        return len(heads)
+    rows = state_dict["afv.weight"].shape[0]
+    count = 1
+    while num_types(count + 1, fidelity_offset) <= rows:
+        count += 1
+    return count

@@ -1,0 +1,177 @@
+"""One AIMNet2 for several fidelities: shared passes, element types and readouts of each fidelity's own.
+
+The atom of element Z in fidelity f has the type Z + f·offset (`nbops.encode_fidelity`), so a batch mixes
+fidelities freely and each molecule's result is what it would be alone.
+"""
+
+import copy
+from typing import Any, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from aimnet2mult import nbops
+from aimnet2mult.constants import FIDELITY_OFFSET, TYPES_PER_FIDELITY
+from aimnet2mult.models.aimnet2 import AIMNet2
+
+
+def num_types(num_fidelities: int, fidelity_offset: int = FIDELITY_OFFSET) -> int:
+    """Rows of a table over the element types of all fidelities."""
+    return (num_fidelities - 1) * fidelity_offset + TYPES_PER_FIDELITY
+
+
+def is_type_table(key: str) -> bool:
+    """Tell whether a state-dict key holds one row per element type (embedding, atomic shifts)."""
+    return key == "afv.weight" or key.endswith(".shifts.weight")
+
+
+class MixedFidelityAIMNet2(AIMNet2):
+    """AIMNet2 whose element types, and readouts that learn, belong to a fidelity.
+
+    All fidelities start from the same embedding rows and readouts: what they share is known from the first step,
+    what differs is learned.
+
+    Parameters
+    ----------
+    base_model_config : mapping
+        ``{class, kwargs}`` or just the keyword arguments of `AIMNet2`.
+    num_fidelities : int
+        Number of fidelities F.
+    fidelity_offset : int
+        Distance of their element types, at least 129.
+    use_fidelity_readouts : bool
+        Readouts that learn exist once per fidelity (``fidelity_readouts.{f}.*``), the others once
+        (``shared_readouts.*``); otherwise all are shared (``outputs.*``).
+    """
+
+    def __init__(
+        self,
+        base_model_config: Mapping[str, Any],
+        num_fidelities: int,
+        fidelity_offset: int = FIDELITY_OFFSET,
+        use_fidelity_readouts: bool = True,
+    ) -> None:
+        if num_fidelities < 1:
+            raise ValueError(f"num_fidelities must be at least 1, found {num_fidelities}")
+        if fidelity_offset < TYPES_PER_FIDELITY:
+            raise ValueError(f"fidelity_offset must be at least {TYPES_PER_FIDELITY}, found {fidelity_offset}")
+        kwargs = dict(base_model_config.get("kwargs", base_model_config))
+        kwargs["num_types"] = num_types(num_fidelities, fidelity_offset)
+        super().__init__(**kwargs)
+        self.num_fidelities = num_fidelities
+        self.fidelity_offset = fidelity_offset
+        self.use_fidelity_readouts = use_fidelity_readouts
+        with torch.no_grad():
+            for f in range(1, num_fidelities):
+                rows = slice(f * fidelity_offset, f * fidelity_offset + TYPES_PER_FIDELITY)
+                self.afv.weight[rows] = self.afv.weight[:TYPES_PER_FIDELITY]
+        if use_fidelity_readouts:
+            self._split_readouts()
+
+    def _split_readouts(self) -> None:
+        """Turn ``outputs`` into one set of learning readouts per fidelity and one shared set of the others."""
+        outputs = dict(self.outputs.items())
+        learning = {n: m for n, m in outputs.items() if any(p.requires_grad for p in m.parameters())}
+        self.stages: List[Tuple[bool, List[str]]] = []
+        for name in outputs:
+            if not self.stages or self.stages[-1][0] != (name in learning):
+                self.stages.append((name in learning, []))
+            self.stages[-1][1].append(name)
+        del self.outputs
+        heads = [nn.ModuleDict(copy.deepcopy(learning)) for _ in range(self.num_fidelities)]
+        self.fidelity_readouts = nn.ModuleList(heads)
+        self.shared_readouts = nn.ModuleDict({n: m for n, m in outputs.items() if n not in learning})
+
+    def readouts(self) -> List[nn.Module]:
+        """Every readout module."""
+        if "outputs" in self._modules:
+            return list(self.outputs.values())
+        return [*self.shared_readouts.values(), *(m for head in self.fidelity_readouts for m in head.values())]
+
+    def readout(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Run the readouts on an encoded batch: each fidelity's on its own atoms, the shared ones on all.
+
+        The shared ones see plain atomic numbers.
+        """
+        if not self.use_fidelity_readouts:
+            return super().readout(data)
+        types = data["numbers"]
+        numbers, fidelities = nbops.decode_fidelity(types, self.fidelity_offset)
+        for learning, names in self.stages:
+            if learning:
+                data["numbers"] = types
+                data = self._fidelity_stage(data, fidelities, names)
+            else:
+                data["numbers"] = numbers
+                for name in names:
+                    data = self.shared_readouts[name](data)
+        data["numbers"] = types
+        return data
+
+    def _fidelity_stage(self, data: Dict[str, Tensor], fidelities: Tensor, names: List[str]) -> Dict[str, Tensor]:
+        """Run consecutive learning readouts, which act on atoms one by one, on each fidelity's real atoms."""
+        n_axes = data["numbers"].dim()
+        head = self.fidelity_readouts[0]
+        written = [head[name].key_out for name in names]
+        needed = [head[name].key_in for name in names]
+        read = [key for key in dict.fromkeys([*needed, "numbers", "coord"]) if key in data]
+
+        real = data["_real_idx"]
+        atom_fidelity = fidelities.flatten()[real]
+        rows: List[Tensor] = []
+        results: Dict[str, List[Tensor]] = {key: [] for key in written}
+        for f in range(self.num_fidelities):
+            index = real[atom_fidelity == f]
+            if index.shape[0] == 0:
+                continue
+            part = {key: data[key].flatten(0, n_axes - 1).index_select(0, index) for key in read}
+            part["_real_idx"] = torch.arange(index.shape[0], device=index.device)
+            for name in names:
+                part = self.fidelity_readouts[f][name](part)
+            rows.append(index)
+            for key in results:
+                results[key].append(part[key])
+        place = torch.cat(rows)
+        for key, values in results.items():
+            value = torch.cat(values)
+            full = torch.zeros([data["numbers"].numel(), *value.shape[1:]], dtype=value.dtype, device=value.device)
+            data[key] = full.index_copy(0, place, value).view([*data["numbers"].shape, *value.shape[1:]])
+        return data
+
+
+def fidelity_slice(state_dict: Mapping[str, Tensor], fidelity: int, fidelity_offset: int) -> Dict[str, Tensor]:
+    """Weights of one fidelity, as those of a plain AIMNet2 with `TYPES_PER_FIDELITY` element types.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        Weights of a `MixedFidelityAIMNet2`, with fidelity readouts or without.
+    fidelity : int
+        Which fidelity.
+    fidelity_offset : int
+        Distance of element types.
+
+    Returns
+    -------
+    dict
+        Keys of `AIMNet2`; table rows are copies.
+    """
+    heads = any(key.startswith("fidelity_readouts.") for key in state_dict)
+    out: Dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if heads:
+            if key.startswith(("outputs.", "shared_readout.")):
+                continue
+            if key.startswith("fidelity_readouts."):
+                if not key.startswith(f"fidelity_readouts.{fidelity}."):
+                    continue
+                key = "outputs." + key.split(".", 2)[2]
+            elif key.startswith("shared_readouts."):
+                key = "outputs." + key.split(".", 1)[1]
+        if is_type_table(key):
+            first = fidelity * fidelity_offset
+            table = value[first : first + TYPES_PER_FIDELITY].clone()
+            table[0] = value[0]
+            value = table
+        out[key] = value
+    return out

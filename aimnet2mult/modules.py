@@ -1,0 +1,269 @@
+"""Building blocks of a model: networks, readouts, sums, and derivatives.
+
+A readout reads documented keys of the batch (`aimnet2mult.nbops.BATCH_KEYS`), writes its own, and returns the
+dictionary. YAML files name the classes as ``aimnet2mult.modules.<Class>``; electrostatics and dispersion have
+files of their own and are found here under the same kind of name.
+"""
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Type, Union
+
+import torch
+from torch import Tensor, nn
+
+from aimnet2mult import nbops
+from aimnet2mult.config.builder import resolve
+from aimnet2mult.constants import ATOMIC_MASSES
+from aimnet2mult.dispersion import D3TS, DFTD3, DispParam
+from aimnet2mult.electrostatics import LRCoulomb, SRCoulomb
+
+__all__ = [
+    "D3TS",
+    "DFTD3",
+    "MLP",
+    "AtomicShift",
+    "AtomicSum",
+    "Dipole",
+    "DispParam",
+    "Embedding",
+    "Forces",
+    "LRCoulomb",
+    "Output",
+    "Quadrupole",
+    "SRCoulomb",
+]
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation after each: n_in -> hidden -> n_out.
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Input and output features.
+    hidden : sequence of int
+        Widths between.
+    activation_fn : type or str
+        Class of the activation, or its dotted name in ``torch.nn``.
+    last_linear : bool
+        No activation after the last layer.
+    bias : bool
+        Layers have a bias.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        hidden: Sequence[int] = (),
+        activation_fn: Union[Type[nn.Module], str] = nn.GELU,
+        last_linear: bool = True,
+        bias: bool = True,
+    ) -> None:
+        if isinstance(activation_fn, str):
+            activation_fn = resolve(activation_fn, ["torch.nn"])
+        widths = [n_in, *hidden, n_out]
+        layers: List[nn.Module] = []
+        for i in range(len(widths) - 1):
+            layers.append(nn.Linear(widths[i], widths[i + 1], bias=bias))
+            layers.append(activation_fn())
+        if last_linear:
+            layers.pop()
+        super().__init__(*layers)
+
+
+class Embedding(nn.Embedding):
+    """Features of each element type, rows as orthogonal as they can be; row 0 is padding and stays zero.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        Rows, one per element type.
+    embedding_dim : int
+        Features.
+    repeat : int
+        Each feature is repeated so often in a row (one copy per radial function).
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, repeat: int = 1) -> None:
+        super().__init__(num_embeddings, embedding_dim * repeat, padding_idx=0)
+        rows = torch.empty(num_embeddings, embedding_dim)
+        nn.init.orthogonal_(rows)
+        # Rows of a tall orthogonal matrix are short; bring them to unit mean square.
+        rows = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt()
+        with torch.no_grad():
+            self.weight.copy_(rows.repeat_interleave(repeat, dim=1))
+            self.weight[0] = 0.0
+
+
+class Output(nn.Module):
+    """Atomic quantity from atomic features by an MLP: ``key_in`` (…, n_in) -> ``key_out`` (…) or (…, n_out).
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Features in and out; an output of one feature has no axis for it.
+    key_in, key_out : str
+        Keys of the batch.
+    mlp : mapping or nn.Module
+        Further arguments of `MLP`, or a network.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, key_in: str, key_out: str, mlp: Union[Mapping[str, Any], nn.Module]
+    ) -> None:
+        super().__init__()
+        self.key_in, self.key_out, self.n_out = key_in, key_out, n_out
+        self.mlp = mlp if isinstance(mlp, nn.Module) else MLP(n_in=n_in, n_out=n_out, **mlp)
+
+    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Write ``key_out``; rows of padding atoms are zero."""
+        x = nbops.unpack_atoms(self.mlp(nbops.pack_atoms(data[self.key_in], data)), data)
+        if self.n_out == 1:
+            x = x.squeeze(-1)
+        data[self.key_out] = x
+        return data
+
+
+class AtomicShift(nn.Module):
+    """Add a learned constant per element type to an atomic quantity.
+
+    Parameters
+    ----------
+    key_in, key_out : str
+        Keys of the batch, (B, N) or (A,).
+    num_types : int
+        Rows of the table.
+    """
+
+    def __init__(self, key_in: str, key_out: str, num_types: int = 128) -> None:
+        super().__init__()
+        self.key_in, self.key_out = key_in, key_out
+        self.shifts = nn.Embedding(num_types, 1, padding_idx=0)
+        nn.init.zeros_(self.shifts.weight)
+
+    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Write ``key_out``; float64 if the table is."""
+        data[self.key_out] = data[self.key_in] + self.shifts(data["numbers"]).squeeze(-1)
+        return data
+
+
+class AtomicSum(nn.Module):
+    """Sum an atomic quantity over each molecule, in float64: ``key_in`` (B, N) or (A,) -> ``key_out`` (B,)."""
+
+    def __init__(self, key_in: str, key_out: str) -> None:
+        super().__init__()
+        self.key_in, self.key_out = key_in, key_out
+
+    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Write ``key_out``."""
+        data[self.key_out] = nbops.mol_sum(nbops.mask_padding(data[self.key_in].double(), data), data)
+        return data
+
+
+class _Multipole(nn.Module):
+    """Positions relative to the origin, or to the centre of mass of each molecule."""
+
+    def __init__(self, key_in: str, key_out: str, center_coord: bool) -> None:
+        super().__init__()
+        self.key_in, self.key_out, self.center_coord = key_in, key_out, center_coord
+        self.register_buffer("masses", torch.tensor(ATOMIC_MASSES, dtype=torch.float64), persistent=False)
+
+    def positions(self, data: Dict[str, Tensor]) -> Tensor:
+        """(B, N, 3) or (A, 3), Å."""
+        coord = data["coord"]
+        if not self.center_coord:
+            return coord
+        mass = self.masses.to(coord.dtype)[data["numbers"]].unsqueeze(-1)
+        mass_center = nbops.mol_sum(mass * coord, data) / nbops.mol_sum(mass, data)
+        return coord - nbops.mol_expand(mass_center, data)
+
+
+class Dipole(_Multipole):
+    """Dipole moment of the atomic charges, Σ q r: ``key_out`` (B, 3), e·Å.
+
+    Parameters
+    ----------
+    key_in, key_out : str
+        Charges and result.
+    center_coord : bool
+        Take positions from the centre of mass (matters for charged molecules). ``numbers`` must be plain Z.
+    """
+
+    def __init__(self, key_in: str = "charges", key_out: str = "dipole", center_coord: bool = False) -> None:
+        super().__init__(key_in, key_out, center_coord)
+
+    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Write ``key_out``."""
+        data[self.key_out] = nbops.mol_sum(data[self.key_in].unsqueeze(-1) * self.positions(data), data)
+        return data
+
+
+class Quadrupole(_Multipole):
+    """Traceless quadrupole moment Σ q (r⊗r - r²/3): ``key_out`` (B, 6) as xx, yy, zz, xy, xz, yz, e·Å².
+
+    Parameters
+    ----------
+    key_in, key_out : str
+        Charges and result.
+    center_coord : bool
+        As in `Dipole`.
+    """
+
+    def __init__(self, key_in: str = "charges", key_out: str = "quadrupole", center_coord: bool = False) -> None:
+        super().__init__(key_in, key_out, center_coord)
+
+    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Write ``key_out``."""
+        r = self.positions(data)
+        squares = r.pow(2)
+        diagonal = squares - squares.mean(dim=-1, keepdim=True)
+        x, y, z = r.unbind(dim=-1)
+        products = torch.stack([x * y, x * z, y * z], dim=-1)
+        moments = data[self.key_in].unsqueeze(-1) * torch.cat([diagonal, products], dim=-1)
+        data[self.key_out] = nbops.mol_sum(moments, data)
+        return data
+
+
+class Forces(nn.Module):
+    """A model with forces: minus the gradient of the summed energies with respect to ``coord``.
+
+    Grad mode is switched on inside, so it works under ``torch.no_grad()``. In training mode the graph of the
+    forces is kept for the second backward.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Batch -> batch with ``key_in``.
+    key_in, key_out : str
+        Energy (B,), eV, and forces (shape of ``coord``), eV/Å.
+    """
+
+    def __init__(self, model: nn.Module, key_in: str = "energy", key_out: str = "forces") -> None:
+        super().__init__()
+        self.model = model
+        self.key_in, self.key_out = key_in, key_out
+
+    def forward(self, data: Dict[str, Tensor], compute_forces: bool = True) -> Dict[str, Tensor]:
+        """Evaluate the model; ``compute_forces=False`` leaves the forces, and their cost, out.
+
+        Parameters
+        ----------
+        data : dict
+            The batch, left as it is.
+        compute_forces : bool
+            Add ``key_out``.
+
+        Returns
+        -------
+        dict
+            What the model returns, and the forces.
+        """
+        if not compute_forces:
+            return self.model(data)
+        with torch.enable_grad():
+            coord = data["coord"].detach().requires_grad_(True)
+            out = self.model({**data, "coord": coord})
+            (gradient,) = torch.autograd.grad(out[self.key_in].sum(), coord, create_graph=self.training)
+        out[self.key_out] = -gradient
+        out["coord"] = data["coord"]
+        return out

@@ -1,0 +1,175 @@
+"""Neighbour search in tensor operations: pairs within a cutoff, molecules or crystals, memory linear in the pairs.
+
+Distances are computed for a block of rows at a time, so that no (A, A) array exists. Everything here is
+scriptable and works on positions without a graph: which atoms are neighbours has no derivative.
+"""
+
+import math
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 4_000_000
+"""Distances computed at a time."""
+
+
+def _block_rows(n_columns: int, elements: int = BLOCK_ELEMENTS) -> int:
+    return max(1, elements // max(1, n_columns))
+
+
+def molecule_pairs(coord: Tensor, mol_idx: Tensor, cutoff: float) -> Tuple[Tensor, Tensor]:
+    """All ordered pairs of atoms of the same molecule closer than ``cutoff``.
+
+    Parameters
+    ----------
+    coord : Tensor
+        (A, 3), Å.
+    mol_idx : Tensor
+        (A,) int, sorted.
+    cutoff : float
+        Å; ``math.inf`` for all pairs.
+
+    Returns
+    -------
+    i, j : Tensor
+        (P,) int64 each, ordered by i.
+    """
+    n_atoms = coord.shape[0]
+    starts = torch.searchsorted(mol_idx, mol_idx)
+    ends = torch.searchsorted(mol_idx, mol_idx, right=True)
+    i_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+    j_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+    longest = int((ends - starts).max().item()) if n_atoms > 0 else 0
+    rows = _block_rows(longest)
+    begin = 0
+    while begin < n_atoms:
+        end = min(n_atoms, begin + rows)
+        first, last = int(starts[begin].item()), int(ends[end - 1].item())
+        # A block that begins in one molecule and ends in another sees the atoms of all molecules between.
+        while last - first > 2 * longest and end > begin + 1:
+            end = begin + (end - begin) // 2
+            last = int(ends[end - 1].item())
+        near = mol_idx[begin:end].unsqueeze(1) == mol_idx[first:last].unsqueeze(0)
+        if not math.isinf(cutoff):
+            delta = coord[begin:end].unsqueeze(1) - coord[first:last].unsqueeze(0)
+            near = near & (delta.pow(2).sum(-1) < cutoff * cutoff)
+        pairs = torch.nonzero(near)
+        i, j = pairs[:, 0] + begin, pairs[:, 1] + first
+        other = i != j
+        i_parts.append(i[other])
+        j_parts.append(j[other])
+        begin = end
+    return torch.cat(i_parts), torch.cat(j_parts)
+
+
+def periodic_pairs(coord: Tensor, cell: Tensor, cutoff: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """All ordered pairs (i, j, lattice translation) closer than ``cutoff`` in a crystal.
+
+    The cell may have any shape and may be smaller than the cutoff: an atom then sees its own images.
+
+    Parameters
+    ----------
+    coord : Tensor
+        (A, 3), Å, inside the cell or not.
+    cell : Tensor
+        (3, 3), Å, rows are lattice vectors.
+    cutoff : float
+        Å, finite.
+
+    Returns
+    -------
+    i, j : Tensor
+        (P,) int64, ordered by i.
+    shifts : Tensor
+        (P, 3), the vector from i to j is ``coord[j] + shifts @ cell - coord[i]``; dtype of ``coord``.
+    """
+    inverse = torch.linalg.inv(cell)
+    wraps = torch.floor(coord @ inverse)
+    wrapped = coord - wraps @ cell
+    # The distance between lattice planes is one over the length of a reciprocal vector (a column of the inverse).
+    n_images = torch.ceil(cutoff * inverse.norm(dim=0)).long()
+    axes = [torch.arange(-int(n), int(n) + 1, device=coord.device) for n in n_images]
+    images = torch.cartesian_prod(axes[0], axes[1], axes[2]).to(coord.dtype)
+
+    n_atoms = coord.shape[0]
+    ghosts = (wrapped.unsqueeze(0) + (images @ cell).unsqueeze(1)).reshape(-1, 3)
+    low, high = wrapped.amin(dim=0) - cutoff, wrapped.amax(dim=0) + cutoff
+    kept = torch.nonzero(((ghosts >= low) & (ghosts <= high)).all(dim=1)).squeeze(1)
+    ghosts = ghosts[kept]
+    ghost_atom = kept % n_atoms
+    ghost_image = images[torch.div(kept, n_atoms, rounding_mode="floor")]
+    at_home = (ghost_image == 0).all(dim=1)
+
+    i_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+    ghost_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+    rows = _block_rows(ghosts.shape[0])
+    for begin in range(0, n_atoms, rows):
+        end = min(n_atoms, begin + rows)
+        near = (wrapped[begin:end].unsqueeze(1) - ghosts.unsqueeze(0)).pow(2).sum(-1) < cutoff * cutoff
+        own = torch.arange(begin, end, device=coord.device).unsqueeze(1) == ghost_atom.unsqueeze(0)
+        pairs = torch.nonzero(near & ~(own & at_home.unsqueeze(0)))
+        i_parts.append(pairs[:, 0] + begin)
+        ghost_parts.append(pairs[:, 1])
+    i, ghost = torch.cat(i_parts), torch.cat(ghost_parts)
+    j = ghost_atom[ghost]
+    return i, j, ghost_image[ghost] - wraps[j] + wraps[i]
+
+
+def neighbor_matrix(
+    coord: Tensor, mol_idx: Tensor, cutoff: float, cell: Optional[Tensor] = None
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Neighbours within ``cutoff`` as a matrix, for a batch to which one padding atom is appended.
+
+    Parameters
+    ----------
+    coord : Tensor
+        (A, 3), Å, without the padding atom.
+    mol_idx : Tensor
+        (A,) int, sorted.
+    cutoff : float
+        Å; ``math.inf`` (all atoms of the molecule) only without a cell.
+    cell : Tensor, optional
+        (3, 3) for all, or (B, 3, 3), Å.
+
+    Returns
+    -------
+    nbmat : Tensor
+        (A + 1, M) int64; unused places, and the last row, hold A, the index of the padding atom.
+    shifts : Tensor or None
+        (A + 1, M, 3) lattice translations, None without a cell.
+    """
+    coord = coord.detach()
+    n_atoms = coord.shape[0]
+    shifts = torch.empty(0)
+    if cell is None:
+        i, j = molecule_pairs(coord, mol_idx, cutoff)
+    else:
+        cell = cell.detach().to(coord.dtype)
+        if math.isinf(cutoff):
+            raise ValueError("a periodic system needs a finite long-range cutoff: use the Coulomb method dsf or ewald")
+        i_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+        j_parts = [torch.empty(0, dtype=torch.long, device=coord.device)]
+        s_parts = [torch.empty(0, 3, dtype=coord.dtype, device=coord.device)]
+        sizes = torch.bincount(mol_idx)
+        begin = 0
+        for b in range(sizes.shape[0]):
+            end = begin + int(sizes[b].item())
+            cell_b = cell if cell.dim() == 2 else cell[b]
+            i_b, j_b, s_b = periodic_pairs(coord[begin:end], cell_b, cutoff)
+            i_parts.append(i_b + begin)
+            j_parts.append(j_b + begin)
+            s_parts.append(s_b)
+            begin = end
+        i, j, shifts = torch.cat(i_parts), torch.cat(j_parts), torch.cat(s_parts)
+
+    counts = torch.bincount(i, minlength=n_atoms + 1)
+    width = max(1, int(counts.max().item()))
+    column = torch.arange(i.shape[0], device=i.device) - (torch.cumsum(counts, 0) - counts)[i]
+    nbmat = torch.full([n_atoms + 1, width], n_atoms, dtype=torch.long, device=coord.device)
+    nbmat[i, column] = j
+    if cell is None:
+        return nbmat, None
+    matrix = torch.zeros([n_atoms + 1, width, 3], dtype=coord.dtype, device=coord.device)
+    matrix[i, column] = shifts
+    return nbmat, matrix
