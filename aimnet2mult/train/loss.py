@@ -1,0 +1,471 @@
+"""Losses: what a batch of predictions costs against its labels.
+
+Every loss is a mean over molecules that have the label, of a value per molecule:
+
+    L_k = Σ_m mask_m l_m / Σ_m mask_m          l_m = energy_loss_fn: (ΔE_m)² / √n_m
+                                                     the others:     mean of (Δy)² over m's real atoms and components
+
+so that padding, and molecules without the label, change nothing. A batch without any label costs exactly zero and
+still has a graph. `MTLoss` adds several of them up, L = Σ_k w_k L_k with Σ_k w_k = 1; `MTAdaWLoss` adapts the factors.
+
+Labels are in ``y_true`` under their key, with ``{key}_mask`` (B,) bool telling which molecules have one (absent:
+all). ``y_pred`` holds the predictions together with the inputs ``coord`` and ``numbers``.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor, nn
+
+from aimnet2mult.config.builder import check_kwargs, nearest, resolve
+from aimnet2mult.nbops import BATCH_KEYS, mask_padding, mol_sum, real_atoms
+
+Batch = Mapping[str, Tensor]
+
+# --------------------------------------------------------------------------------------------------
+# the value per molecule, and the one masked mean
+# --------------------------------------------------------------------------------------------------
+
+
+def label_mask(y_true: Batch, key: str) -> Tensor:
+    """Tell which molecules have a label: ``{key}_mask``, or all of them where there is no such mask; (B,) bool.
+
+    Raises
+    ------
+    ValueError
+        The batch has no label of that name.
+    """
+    if key not in y_true:
+        known = [name for name in y_true if not name.endswith("_mask")]
+        raise ValueError(f"the batch has no label {key}; labels: {', '.join(known)}. Add {key} to data.y")
+    mask = y_true.get(f"{key}_mask")
+    if mask is None:
+        return torch.ones(y_true[key].shape[0], dtype=torch.bool, device=y_true[key].device)
+    return mask.bool()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values per molecule (B,) over the molecules of ``mask`` (B,); zero, with a graph, over none."""
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def n_atoms(y_pred: Batch) -> Tensor:
+    """Count the real atoms of each molecule, (B,) int, in dense and flat layout."""
+    return mol_sum(real_atoms(y_pred["numbers"]).long(), dict(y_pred))
+
+
+def mean_square(error: Tensor, y_pred: Batch, atomic: bool) -> Tensor:
+    """Mean square of an error over what belongs to one molecule.
+
+    Parameters
+    ----------
+    error : Tensor
+        (B, ...) for a molecular property, (B, N, ...) or (A, ...) for an atomic one.
+    y_pred : mapping
+        The batch; ``numbers`` tells padding from atoms.
+    atomic : bool
+        Whether the error is that of an atomic property.
+
+    Returns
+    -------
+    Tensor
+        (B,): mean over components, and over real atoms if ``atomic``.
+    """
+    if not atomic:
+        return error.pow(2).flatten(1).mean(dim=1) if error.dim() > 1 else error.pow(2)
+    atom_dims = y_pred["numbers"].dim()
+    square = mask_padding(error, dict(y_pred)).pow(2)
+    if square.dim() > atom_dims:
+        square = square.flatten(atom_dims).mean(dim=-1)
+    return mol_sum(square, dict(y_pred)) / n_atoms(y_pred).clamp(min=1)
+
+
+def _error(prediction: Tensor, label: Tensor, mask: Tensor, y_pred: Batch, atomic: bool, key: str) -> Tensor:
+    """Prediction minus label, with zero where there is none (also when the place holds NaN)."""
+    if prediction.shape != label.shape:
+        raise ValueError(f"{key}: prediction of shape {tuple(prediction.shape)}, label of {tuple(label.shape)}")
+    if atomic and y_pred["numbers"].dim() == 1:
+        mask = mask[y_pred["mol_idx"]]
+    mask = mask.view(mask.shape + (1,) * (label.dim() - mask.dim()))
+    return (prediction - label).masked_fill(~mask, 0.0)
+
+
+def _zero(y_pred: Batch) -> Tensor:
+    """Zero that hangs on the graph of the predictions, so that ``backward`` works."""
+    for value in y_pred.values():
+        if value.requires_grad:
+            return value.flatten()[:0].sum()
+    return torch.zeros((), device=next(iter(y_pred.values())).device)
+
+
+def _predicted(y_pred: Batch, key: str, mask: Tensor) -> Tensor | None:
+    """Return the prediction, or None where it was left out and no molecule of the batch needs it."""
+    if key in y_pred:
+        return y_pred[key]
+    # The one wait for the device here happens only for a prediction that is not there.
+    if bool(mask.any()):
+        raise ValueError(f"the model predicts no {key}; it gives {', '.join(sorted(y_pred))}")
+    return None
+
+
+def _is_atomic(key: str) -> bool:
+    return key in BATCH_KEYS and BATCH_KEYS[key].kind == "atom"
+
+
+# --------------------------------------------------------------------------------------------------
+# losses
+# --------------------------------------------------------------------------------------------------
+
+
+def _squared_loss(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, atomic: bool) -> Tensor:
+    mask = label_mask(y_true, key_true)
+    prediction = _predicted(y_pred, key_pred, mask)
+    if prediction is None:
+        return _zero(y_pred)
+    error = _error(prediction, y_true[key_true], mask, y_pred, atomic, key_true)
+    return masked_mean(mean_square(error, y_pred, atomic), mask)
+
+
+def mse_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> Tensor:
+    """Mean square error of any property: over its components (and real atoms, if atomic), then over molecules.
+
+    Parameters
+    ----------
+    y_pred, y_true : mapping
+        Predictions (with inputs) and labels.
+    key_pred, key_true : str
+        Name of the prediction and of the label. Whether it is atomic is looked up in `nbops.BATCH_KEYS`; a name that
+        is not there counts as molecular.
+
+    Returns
+    -------
+    Tensor
+        Scalar, in the square of the property's unit.
+
+    Raises
+    ------
+    ValueError
+        Label or prediction is missing, or their shapes differ.
+    """
+    return _squared_loss(y_pred, y_true, key_pred, key_true, atomic=_is_atomic(key_true))
+
+
+def peratom_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> Tensor:
+    """Mean square error of an atomic property (forces, charges): over a molecule's atoms, then over molecules.
+
+    Parameters, result and errors are those of `mse_loss_fn`; the property is taken as atomic whatever its name.
+    """
+    return _squared_loss(y_pred, y_true, key_pred, key_true, atomic=True)
+
+
+def energy_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "energy", key_true: str = "energy") -> Tensor:
+    """Mean over molecules of (ΔE)²/√n_atoms, eV².
+
+    The square root lies between an error per molecule, which large molecules would rule, and an error per atom, which
+    would neglect them. Parameters and errors are those of `mse_loss_fn`.
+    """
+    mask = label_mask(y_true, key_true)
+    prediction = _predicted(y_pred, key_pred, mask)
+    if prediction is None:
+        return _zero(y_pred)
+    error = _error(prediction, y_true[key_true], mask, y_pred, False, key_true)
+    return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask)
+
+
+def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "dipole") -> Tensor:
+    """Mean square error of the dipole moment, (e·Å)².
+
+    Parameters
+    ----------
+    y_pred, y_true : mapping
+        Predictions (with inputs) and labels.
+    key_pred : str
+        An atomic property (charges), of which the dipole moment is taken, or a dipole that the model computes.
+    key_true : str
+        Label of shape (B, 3), e·Å, about the origin of ``coord``.
+
+    Returns
+    -------
+    Tensor
+        Scalar, (e·Å)².
+
+    Raises
+    ------
+    ValueError
+        As `mse_loss_fn`.
+    """
+    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_dipole)
+
+
+def quadrupole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "quadrupole") -> Tensor:
+    """Mean square error of the traceless quadrupole moment, (e·Å²)².
+
+    As `dipole_loss_fn`, with labels of shape (B, 6): xx, yy, zz, xy, xz, yz.
+    """
+    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_quadrupole)
+
+
+def _moment_loss(
+    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, moment: Callable[[Tensor, Batch], Tensor]
+) -> Tensor:
+    mask = label_mask(y_true, key_true)
+    prediction = _predicted(y_pred, key_pred, mask)
+    if prediction is None:
+        return _zero(y_pred)
+    if _is_atomic(key_pred):
+        prediction = moment(prediction, y_pred)
+    error = _error(prediction, y_true[key_true], mask, y_pred, False, key_true)
+    return masked_mean(mean_square(error, y_pred, atomic=False), mask)
+
+
+def point_charge_dipole(charges: Tensor, data: Batch) -> Tensor:
+    """Σ_i q_i r_i about the origin of ``coord``, (B, 3), e·Å."""
+    batch = dict(data)
+    return mol_sum(mask_padding(charges, batch).unsqueeze(-1) * data["coord"].detach(), batch)
+
+
+def point_charge_quadrupole(charges: Tensor, data: Batch) -> Tensor:
+    """Σ_i q_i (r_i r_iᵀ - r_i²/3) about the origin of ``coord``: xx, yy, zz, xy, xz, yz; (B, 6), e·Å²."""
+    batch = dict(data)
+    x, y, z = data["coord"].detach().unbind(-1)
+    products = torch.stack([x * x, y * y, z * z, x * y, x * z, y * z], dim=-1)
+    second_moments = mol_sum(mask_padding(charges, batch).unsqueeze(-1) * products, batch)
+    trace = second_moments[..., :3].mean(dim=-1, keepdim=True)
+    return torch.cat([second_moments[..., :3] - trace, second_moments[..., 3:]], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# sums of losses
+# --------------------------------------------------------------------------------------------------
+
+
+class MTLoss(nn.Module):
+    """Sum of several losses with fixed weights, L = Σ_k w_k L_k.
+
+    Under several processes, in training mode, a component is scaled so that the average over processes (which is what
+    gradients get) is the mean over all labelled molecules of the global batch, however labels are spread.
+
+    Parameters
+    ----------
+    components : mapping
+        Name -> mapping with ``fn`` (dotted name or function), ``weight`` (positive; normalised to sum to one) and
+        optional ``kwargs`` of the function.
+
+    Raises
+    ------
+    ValueError
+        No components, unknown or missing keys, a function that does not resolve or does not take the keywords, a
+        weight that is negative or not a number, or weights that are all zero.
+    """
+
+    component_options: tuple[str, ...] = ("fn", "weight", "kwargs")
+    weights: Tensor
+
+    def __init__(self, components: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        if not isinstance(components, Mapping) or not components:
+            raise ValueError("loss.components: expected a mapping with at least one component {fn, weight}")
+        self.functions = {name: self._function(name, options) for name, options in components.items()}
+        weights = torch.tensor([options["weight"] for options in components.values()], dtype=torch.float64)
+        if weights.sum() <= 0:
+            raise ValueError("loss.components: all weights are zero; at least one must be positive")
+        self.register_buffer("weights", weights / weights.sum(), persistent=False)
+        self.key_true = {name: _keyword(function, "key_true") for name, function in self.functions.items()}
+        self.key_pred = {name: _keyword(function, "key_pred") for name, function in self.functions.items()}
+
+    @classmethod
+    def _function(cls, name: str, options: Mapping[str, Any]) -> partial[Tensor]:
+        where = f"loss.components.{name}"
+        if name == "loss":
+            raise ValueError(f"{where}: this name stands for the sum; choose another one")
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{where}: expected a mapping {{fn, weight, kwargs}}, found {type(options).__name__}")
+        for key in options:
+            if key not in cls.component_options:
+                raise ValueError(f"{where}: unknown option {key}; {nearest(str(key), cls.component_options)}")
+        for key in ("fn", "weight"):
+            if key not in options:
+                raise ValueError(f"{where}: {key} is missing")
+        _check_non_negative(options["weight"], f"{where}.weight")
+        try:
+            function = resolve(options["fn"]) if isinstance(options["fn"], str) else options["fn"]
+        except ValueError as error:
+            raise ValueError(f"{where}.fn: {error}") from error
+        if not callable(function):
+            raise ValueError(f"{where}.fn: {options['fn']!r} is not a function or its dotted name")
+        kwargs = options.get("kwargs") or {}
+        if not isinstance(kwargs, Mapping):
+            raise ValueError(f"{where}.kwargs: expected a mapping, found {type(kwargs).__name__}")
+        check_kwargs(function, kwargs, f"{where}.kwargs")
+        bound = partial(function, **kwargs)
+        for parameter in inspect.signature(bound).parameters.values():
+            keyword = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if keyword and parameter.default is parameter.empty and parameter.name not in ("y_pred", "y_true"):
+                raise ValueError(f"{where}.kwargs: {parameter.name} is missing")
+        return bound
+
+    def needs(self, key: str) -> bool:
+        """Tell whether a component uses a prediction; one that does not say which (no ``key_pred``) may use any."""
+        return any(used is None or used == key for used in self.key_pred.values())
+
+    def components(self, y_pred: Batch, y_true: Batch) -> dict[str, Tensor]:
+        """Return L_k of each component, unweighted scalars with graph."""
+        values = {}
+        for name, function in self.functions.items():
+            try:
+                values[name] = function(y_pred=y_pred, y_true=y_true)
+            except ValueError as error:
+                raise ValueError(f"loss.components.{name}: {error}") from error
+        return values
+
+    def counts(self, y_true: Batch) -> Tensor:
+        """Count the molecules with a label for each component, (K,) float64 on the device of the labels."""
+        counts = []
+        for key in self.key_true.values():
+            if key is None:  # a function that does not say which label it uses averages over all molecules
+                key = next(name for name in y_true if not name.endswith("_mask"))
+                counts.append(torch.tensor(y_true[key].shape[0], device=y_true[key].device))
+            else:
+                counts.append(label_mask(y_true, key).sum())
+        return torch.stack(counts).to(torch.float64)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of component values (K,) with the weights that stay the same throughout training; a scalar."""
+        return (self.weights.to(values.device) * values).sum()
+
+    def forward(self, y_pred: Batch, y_true: Batch) -> dict[str, Tensor]:
+        """Loss of a batch.
+
+        Parameters
+        ----------
+        y_pred, y_true : mapping
+            Predictions (with inputs) and labels, see the module's description.
+
+        Returns
+        -------
+        dict
+            ``loss``: the weighted sum, scalar with graph; and under each component's name its unweighted value,
+            detached.
+
+        Raises
+        ------
+        ValueError
+            A component finds no label or no prediction; the message begins with the component's dotted name.
+        """
+        components = self.components(y_pred, y_true)
+        values = torch.stack([value.to(torch.float64) for value in components.values()])
+        if self.training and idist.get_world_size() > 1:
+            values = values * self._share_of_global_batch(y_true)
+        result = dict(zip(components, values.detach().unbind(), strict=True))
+        result["loss"] = self._combine(values)
+        return result
+
+    def _combine(self, values: Tensor) -> Tensor:
+        return self.total(values)
+
+    def _share_of_global_batch(self, y_true: Batch) -> Tensor:
+        """Number of processes · labelled molecules here / labelled molecules everywhere, (K,)."""
+        counts = self.counts(y_true)
+        everywhere = idist.all_reduce(counts.clone())
+        assert isinstance(everywhere, Tensor)
+        return counts * idist.get_world_size() / everywhere.clamp(min=1)
+
+
+class MTAdaWLoss(MTLoss):
+    """Sum of several losses whose factors adapt until each has its share of the total, L = Σ_k s_k L_k.
+
+    Here ``weight`` is the share of the total loss that a component shall have. After each training step the factor
+    s_k is multiplied by 1 + eta where s_k L_k fell short of its share, and by 1 - eta where it exceeded it. The factor
+    of the first component stays fixed and sets the scale. This is the rule of the published AIMNet2 training code,
+    with three differences: shares are those among the components that have a label in the batch (a missing label
+    moves nothing), factors stay within ``max_change`` of where they began, and all processes take the same step.
+
+    In evaluation mode the sum uses the factors from the beginning, so that validation losses of different epochs
+    can be compared. The factors are in the state dict.
+
+    Parameters
+    ----------
+    components : mapping
+        As in `MTLoss`; in addition ``scale``: factor s_k to begin with (default: the normalised weight, so that
+        training begins as with `MTLoss`).
+    eta : float
+        Relative change of a factor per step, between 0 and 1.
+    max_change : float
+        Largest ratio of a factor to its first value, or the inverse.
+
+    Raises
+    ------
+    ValueError
+        As `MTLoss`; ``scale``, ``eta`` or ``max_change`` out of range.
+    """
+
+    component_options = ("fn", "weight", "scale", "kwargs")
+    scales: Tensor
+    initial_scales: Tensor
+
+    def __init__(
+        self, components: Mapping[str, Mapping[str, Any]], eta: float = 0.001, max_change: float = 1000.0
+    ) -> None:
+        super().__init__(components)
+        if not 0 < eta < 1:
+            raise ValueError(f"loss.kwargs.eta: {eta} is not between 0 and 1")
+        if not max_change >= 1:
+            raise ValueError(f"loss.kwargs.max_change: {max_change} is less than 1")
+        scales = self.weights.clone()
+        for k, (name, options) in enumerate(components.items()):
+            if options.get("scale") is not None:
+                _check_non_negative(options["scale"], f"loss.components.{name}.scale")
+                scales[k] = options["scale"]
+        if scales[0] == 0:
+            raise ValueError("loss.components: the first one sets the scale; its weight must be positive")
+        self.eta = eta
+        self.max_change = max_change
+        self.register_buffer("initial_scales", scales, persistent=False)
+        self.register_buffer("scales", scales.clone())
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of component values (K,) with the factors from the beginning; a scalar."""
+        return (self.initial_scales.to(values.device) * values).sum()
+
+    def _combine(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return self.total(values)
+        self.scales = self.scales.to(values.device)
+        loss = (self.scales * values).sum()
+        self._adapt(values.detach())
+        return loss
+
+    @torch.no_grad()
+    def _adapt(self, values: Tensor) -> None:
+        """Move each factor a step towards the one that gives its component its share."""
+        if idist.get_world_size() > 1:
+            everywhere = idist.all_reduce(values.clone())  # the same step on every process
+            assert isinstance(everywhere, Tensor)
+            values = everywhere
+        weights = self.weights.to(values.device)
+        present = (values > 0) & (self.scales > 0)
+        parts = torch.where(present, self.scales * values, 0.0)
+        share = parts / parts.sum()
+        target = torch.where(present, weights, 0.0)
+        step = 1.0 + self.eta * torch.sign(target / target.sum() - share)
+        step[0] = 1.0
+        first = self.initial_scales.to(values.device)
+        scales = torch.where(present, self.scales * step, self.scales)
+        self.scales = scales.clamp(first / self.max_change, first * self.max_change)
+
+
+def _keyword(function: partial[Tensor], name: str) -> str | None:
+    """Value that a keyword of a bound function has, or None where it has no such keyword."""
+    parameter = inspect.signature(function).parameters.get(name)
+    return None if parameter is None else parameter.default
+
+
+def _check_non_negative(value: Any, where: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{where}: {value!r} is not a number of 0 or more")
