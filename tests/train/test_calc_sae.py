@@ -1,0 +1,175 @@
+"""The command that fits self-atomic energies to a dataset file."""
+
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from aimnet2mult.data.sae import load_sae, sae_energy
+from aimnet2mult.data.sgdataset import SizeGroupedDataset, write_dataset
+from aimnet2mult.train import calc_sae as module
+from aimnet2mult.train.calc_sae import calc_sae, draw_sample, main
+
+SAE = {1: -15.8, 6: -1036.2, 8: -2044.7, 35: -70038.7}
+
+
+def write(path, numbers_by_size: dict[int, np.ndarray], energy=None) -> None:
+    groups = {}
+    for n_atoms, numbers in numbers_by_size.items():
+        groups[n_atoms] = {
+            "coord": np.zeros((len(numbers), n_atoms, 3), np.float32),
+            "numbers": numbers.astype(np.int32),
+            "charge": np.zeros(len(numbers), np.float32),
+            "energy": sae_energy(numbers, SAE) if energy is None else energy[n_atoms],
+        }
+    write_dataset(path, groups)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """2000 molecules of H, C and O, and three with bromine."""
+    rng = np.random.default_rng(0)
+    four = rng.choice([1, 6, 8], size=(1000, 4))
+    six = rng.choice([1, 6, 8], size=(1003, 6))
+    six[[11, 500, 900], 0] = 35
+    path = tmp_path / "data.h5"
+    write(path, {4: four, 6: six})
+    return path
+
+
+@pytest.fixture
+def fixtures(request):
+    return request.config.rootpath / "tests" / "fixtures"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_command_writes_the_energies_and_prints_the_report(dataset, tmp_path):
+    result = run(dataset, tmp_path / "sae.yaml")
+    assert result.exit_code == 0, result.output
+    assert load_sae(tmp_path / "sae.yaml") == pytest.approx(SAE, abs=1e-6)
+    assert "Br (35)" in result.output
+    assert "Fit to all 2003 molecules" in result.output
+    assert result.output.splitlines()[-1] == f"written: {tmp_path / 'sae.yaml'}"
+    assert "Fitted to 2003 molecules of data.h5" in (tmp_path / "sae.yaml").read_text()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sample_holds_every_element_of_the_file(dataset, tmp_path, seed):
+    fit = calc_sae(dataset, tmp_path / "sae.yaml", samples=100, seed=seed)
+    assert 100 <= fit.n_molecules <= 103
+    assert fit.molecules[35] == 3
+    assert fit.sae == pytest.approx(SAE, abs=1e-6)
+
+
+def test_sample_is_drawn_evenly_and_by_the_seed(dataset, monkeypatch):
+    monkeypatch.setattr(module, "MIN_MOLECULES", 0)
+    data = SizeGroupedDataset(dataset)
+    first, energies = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5))
+    again, _ = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5))
+    other, _ = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(6))
+    assert len(first) == len(energies) == 400
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert 150 < (first.sum(axis=1) == 4).sum() < 250  # half of the molecules have four atoms
+
+
+def test_sample_does_not_depend_on_how_the_file_is_read(dataset, monkeypatch):
+    data = SizeGroupedDataset(dataset)
+    whole, _ = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0))
+    chunks = data.chunks
+    monkeypatch.setattr(data, "chunks", lambda keys: chunks(keys, max_rows=17))
+    pieces, _ = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0))
+    np.testing.assert_array_equal(whole, pieces)
+
+
+def test_samples_beyond_the_file_take_all(dataset, tmp_path):
+    assert calc_sae(dataset, tmp_path / "sae.yaml", samples=10**6).n_molecules == 2003
+
+
+@pytest.mark.parametrize("fidelity", [0, 1, 2])
+def test_real_data_of_each_fidelity(fixtures, tmp_path, fidelity):
+    """Residuals of molecules of up to nine atoms are of the order of their binding energies, not of their total."""
+    path = fixtures / f"tiny_fid{fidelity}.h5"
+    fit = calc_sae(path, tmp_path / "sae.yaml")
+    with h5py.File(path) as file:
+        residuals = np.concatenate([g["energy"][:] - sae_energy(g["numbers"][:], fit.sae) for g in file.values()])
+    assert fit.residual_rms == pytest.approx(np.sqrt(np.mean(residuals**2)))
+    assert fit.residual_std < 4.0
+    assert fit.residual_std <= fit.residual_std_all
+    assert set(fit.sae) == set(SizeGroupedDataset(path).elements)
+
+
+def test_inseparable_elements_are_reported_not_refused(tmp_path):
+    write(tmp_path / "water.h5", {3: np.tile([8, 1, 1], (10, 1))})
+    result = run(tmp_path / "water.h5", tmp_path / "sae.yaml")
+    assert result.exit_code == 0
+    assert "cannot separate the energies of H (1), O (8)" in result.output
+    sae = load_sae(tmp_path / "sae.yaml")
+    assert 2 * sae[1] + sae[8] == pytest.approx(2 * SAE[1] + SAE[8])
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+def refused(result, tmp_path, *texts: str) -> None:
+    """One line on the terminal, exit status 2, nothing left behind."""
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+    for text in texts:
+        assert text in result.output
+    assert not list(tmp_path.glob("**/*sae.yaml*"))
+
+
+def test_missing_dataset(tmp_path):
+    refused(run(tmp_path / "none.h5", tmp_path / "sae.yaml"), tmp_path, "none.h5: no such file")
+
+
+def test_file_that_is_not_hdf5(tmp_path):
+    (tmp_path / "text.h5").write_text("words")
+    refused(run(tmp_path / "text.h5", tmp_path / "sae.yaml"), tmp_path, "text.h5: not an HDF5 file")
+
+
+def test_energy_that_is_not_finite_is_named_by_file_group_and_row(tmp_path):
+    energy = np.arange(5.0)
+    energy[3] = np.nan
+    write(tmp_path / "data.h5", {2: np.ones((5, 2), int)}, energy={2: energy})
+    refused(run(tmp_path / "data.h5", tmp_path / "sae.yaml"), tmp_path, "data.h5: group 002: row 3: energy is nan")
+
+
+def test_output_is_checked_before_the_dataset_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SizeGroupedDataset", lambda path: pytest.fail("read before the output was checked"))
+    result = run(tmp_path / "data.h5", tmp_path / "missing" / "sae.yaml")
+    refused(result, tmp_path, "missing does not exist")
+    refused(run(tmp_path / "data.h5", tmp_path), tmp_path, "is a folder")
+
+
+def test_failed_fit_leaves_the_old_file(dataset, tmp_path, monkeypatch):
+    (tmp_path / "old.yaml").write_text("1: -13.0\n")
+
+    def fail(*args):
+        raise ValueError("no fit today")
+
+    monkeypatch.setattr(module, "fit_sae", fail)
+    assert run(dataset, tmp_path / "old.yaml").exit_code == 2
+    assert (tmp_path / "old.yaml").read_text() == "1: -13.0\n"
+
+
+def test_wrong_options(dataset, tmp_path):
+    assert run(dataset, tmp_path / "sae.yaml", "--samples", 0).exit_code == 2
+    assert run(dataset, tmp_path / "sae.yaml", "--sample", 10).exit_code == 2
+    assert run(dataset).exit_code == 2
+
+
+def test_module_runs_as_a_command(dataset, tmp_path):
+    command = [sys.executable, "-m", "aimnet2mult.train.calc_sae", str(dataset), str(tmp_path / "sae.yaml")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    assert load_sae(tmp_path / "sae.yaml") == pytest.approx(SAE, abs=1e-6)
