@@ -12,8 +12,6 @@ key       dense               flat
 ========  ==================  =================
 """
 
-from typing import Dict, List, Optional, Tuple
-
 import torch
 from torch import Tensor, nn
 
@@ -51,12 +49,12 @@ class AEVSV(nn.Module):
         rmin: float = 0.8,
         rc_s: float = 5.0,
         nshifts_s: int = 16,
-        eta_s: Optional[float] = None,
-        shifts_s: Optional[List[float]] = None,
-        rc_v: Optional[float] = None,
-        nshifts_v: Optional[int] = None,
-        eta_v: Optional[float] = None,
-        shifts_v: Optional[List[float]] = None,
+        eta_s: float | None = None,
+        shifts_s: list[float] | None = None,
+        rc_v: float | None = None,
+        nshifts_v: int | None = None,
+        eta_v: float | None = None,
+        shifts_v: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.one_basis = rc_v is None and nshifts_v is None and eta_v is None and shifts_v is None
@@ -76,7 +74,7 @@ class AEVSV(nn.Module):
         self.nshifts_v = len(self.shifts_v)
 
     def _set_basis(
-        self, part: str, rmin: float, rc: float, nshifts: int, eta: Optional[float], shifts: Optional[List[float]]
+        self, part: str, rmin: float, rc: float, nshifts: int, eta: float | None, shifts: list[float] | None
     ) -> None:
         if rc <= rmin:
             raise ValueError(f"aev.rc_{part} = {rc} Å must be larger than rmin = {rmin} Å")
@@ -98,7 +96,7 @@ class AEVSV(nn.Module):
             d_ij = d_ij.unsqueeze(-1)
         return ops.gaussian_basis(d_ij, eta, shifts) * ops.cosine_cutoff(d_ij, rc)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add ``_g_s`` and ``_g_v`` for the pairs of the network."""
         d_ij, r_ij, _ = nbops.pair_vectors(data, "")
         # Differences are taken in the caller's precision, the basis in that of the network.
@@ -139,8 +137,8 @@ class ConvSV(nn.Module):
         nshifts_s: int,
         nchannel: int,
         d2features: bool = False,
-        nshifts_v: Optional[int] = None,
-        ncomb_v: Optional[int] = None,
+        nshifts_v: int | None = None,
+        ncomb_v: int | None = None,
     ) -> None:
         super().__init__()
         nshifts_v = nshifts_s if nshifts_v is None else nshifts_v
@@ -155,7 +153,7 @@ class ConvSV(nn.Module):
             nn.init.orthogonal_(agh[a])
         self.agh = nn.Parameter(agh)
 
-    def forward(self, data: Dict[str, Tensor], a: Tensor) -> Tensor:
+    def forward(self, data: dict[str, Tensor], a: Tensor) -> Tensor:
         """Convolve features with the basis.
 
         Parameters
@@ -179,7 +177,7 @@ class ConvSV(nn.Module):
         squares = v.pow(2).sum(dim=2).transpose(0, 1).flatten(1)
         return torch.cat([s, squares], dim=-1).view(list(data["numbers"].shape) + [-1])
 
-    def _sums_dense(self, g_s: Tensor, g_v: Tensor, a: Tensor) -> Tuple[Tensor, Tensor]:
+    def _sums_dense(self, g_s: Tensor, g_v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over j: s (B·N, F·G) and v (F, B·N, 3, G)."""
         n_mol, n_g, n_atoms = g_s.shape[0], g_s.shape[1], g_s.shape[2]
         n_gv = g_v.shape[1]
@@ -194,7 +192,7 @@ class ConvSV(nn.Module):
         v = v.view(n_mol, n_gv, 3, n_atoms, -1).permute(4, 0, 3, 2, 1)
         return s, v.flatten(1, 2)
 
-    def _sums_flat(self, g_s: Tensor, g_v: Tensor, a_j: Tensor) -> Tuple[Tensor, Tensor]:
+    def _sums_flat(self, g_s: Tensor, g_v: Tensor, a_j: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over j: s (A, F·G) and v (F, A, 3, G)."""
         if self.d2features:
             s = torch.einsum("imfg,img->ifg", [a_j, g_s])

@@ -5,12 +5,12 @@ q_i q_j f(d)/d inside ``rc`` with a smooth envelope f, so that long range = full
 """
 
 import math
-from typing import Dict, List
 
 import torch
 from torch import Tensor, nn
 
 from aimnet2mult import nbops, ops
+from aimnet2mult.neighborlist import integer_grid
 from aimnet2mult.utils.units import COULOMB_EV_ANGSTROM
 
 METHODS = ("simple", "dsf", "ewald")
@@ -18,7 +18,7 @@ ENVELOPES = ("exp", "cosine")
 
 
 def _pair_energy(
-    kernel: Tensor, q: Tensor, mask: Tensor, data: Dict[str, Tensor], suffix: str, factor: float
+    kernel: Tensor, q: Tensor, mask: Tensor, data: dict[str, Tensor], suffix: str, factor: float
 ) -> Tensor:
     """½ factor Σ_i q_i Σ_j q_j K_ij per molecule: (B,) float64."""
     kernel = kernel.masked_fill(~mask, 0.0)
@@ -42,12 +42,10 @@ def reciprocal_vectors(cell: Tensor, k_max: float) -> Tensor:
         (K, 3), 1/Å, including the factor 2π, with the graph of ``cell``.
     """
     basis = 2.0 * math.pi * torch.linalg.inv(cell).t()
-    limits = torch.floor(k_max * cell.detach().norm(dim=1) / (2.0 * math.pi)).long()
-    axes = [torch.arange(-int(n), int(n) + 1, device=cell.device) for n in limits]
-    index = torch.cartesian_prod(axes[0], axes[1], axes[2])
+    index = integer_grid(torch.floor(k_max * torch.linalg.vector_norm(cell, dim=[1]) / (2.0 * math.pi)))
     upper = (index[:, 0] > 0) | ((index[:, 0] == 0) & ((index[:, 1] > 0) | ((index[:, 1] == 0) & (index[:, 2] > 0))))
     k = index[upper].to(cell.dtype) @ basis
-    return k[k.detach().norm(dim=1) <= k_max]
+    return k[torch.linalg.vector_norm(k, dim=[1]) <= k_max]
 
 
 def ewald_reciprocal_energy(coord: Tensor, q: Tensor, cell: Tensor, alpha: float, k_max: float) -> Tensor:
@@ -114,13 +112,13 @@ class SRCoulomb(nn.Module):
             return ops.exp_cutoff(d_ij, rc)
         return ops.cosine_cutoff(d_ij, rc)
 
-    def short_range(self, data: Dict[str, Tensor], suffix: str) -> Tensor:
+    def short_range(self, data: dict[str, Tensor], suffix: str) -> Tensor:
         """Short-range energy of each molecule, (B,) float64, eV."""
         d_ij, _, mask = nbops.pair_vectors(data, suffix)
         kernel = self.envelope_weight(d_ij) / d_ij
         return _pair_energy(kernel, data[self.key_in], mask, data, suffix, self.factor)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Subtract from ``key_out``, or set it to minus the short-range energy."""
         energy = -self.short_range(data, "")
         if self.key_out in data:
@@ -135,7 +133,8 @@ class LRCoulomb(SRCoulomb):
     ``simple``
         Every pair of the molecule: ½ e²/4πε₀ Σ_{i≠j} q_i q_j (1 - f(d))/d. Not for periodic systems.
     ``dsf``
-        Damped shifted force inside ``dsf_rc`` (`ops.coulomb_kernel_dsf`), minus the short-range part.
+        Damped shifted force inside ``dsf_rc`` (`ops.coulomb_kernel_dsf`) with its self term
+        -(erfc(αR)/2R + α/√π) Σ q², minus the short-range part.
     ``ewald``
         The Ewald sum, minus the short-range part. Without a cell it is the sum over all pairs, that is ``simple``.
 
@@ -179,6 +178,7 @@ class LRCoulomb(SRCoulomb):
             raise ValueError(f"Coulomb method {method!r} is not one of {', '.join(METHODS)}")
         self.method = method
         self.dsf_alpha, self.dsf_rc = dsf_alpha, dsf_rc
+        self.dsf_self = math.erfc(dsf_alpha * dsf_rc) / (2.0 * dsf_rc) + dsf_alpha / math.sqrt(math.pi)
         self.ewald_rc = ewald_rc
         width = math.sqrt(-math.log(ewald_accuracy))
         self.ewald_alpha = width / ewald_rc
@@ -186,7 +186,7 @@ class LRCoulomb(SRCoulomb):
         self.cutoff_lr = dsf_rc if method == "dsf" else math.inf
         self.cutoff_lr_periodic = {"simple": math.inf, "dsf": dsf_rc, "ewald": ewald_rc}[method]
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add to ``key_out`` (per molecule, float64)."""
         q = data[self.key_in]
         d_ij, _, mask = nbops.pair_vectors(data, "_lr")
@@ -198,16 +198,18 @@ class LRCoulomb(SRCoulomb):
             kernel = 1.0 / d_ij
         kernel = kernel - self.envelope_weight(d_ij) / d_ij
         energy = _pair_energy(kernel, q, mask, data, "_lr", self.factor)
-        if self.method == "ewald" and "cell" in data:
+        if self.method == "dsf":
+            energy = energy - self.factor * self.dsf_self * nbops.mol_sum(q.double().pow(2), data)
+        elif self.method == "ewald" and "cell" in data:
             energy = energy + self.factor * self._reciprocal(q, data)
         if self.key_out in data:
             energy = data[self.key_out] + energy
         data[self.key_out] = energy
         return data
 
-    def _reciprocal(self, q: Tensor, data: Dict[str, Tensor]) -> Tensor:
+    def _reciprocal(self, q: Tensor, data: dict[str, Tensor]) -> Tensor:
         """Reciprocal-space energies of a flat periodic batch, (B,) float64, e²/Å."""
-        energies: List[Tensor] = []
+        energies: list[Tensor] = []
         for b in range(nbops.n_molecules(data)):
             atoms = torch.nonzero((data["mol_idx"] == b) & nbops.real_atoms(data["numbers"])).squeeze(1)
             cell = data["cell"] if data["cell"].dim() == 2 else data["cell"][b]

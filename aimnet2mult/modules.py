@@ -5,14 +5,15 @@ dictionary. YAML files name the classes as ``aimnet2mult.modules.<Class>``; elec
 files of their own and are found here under the same kind of name.
 """
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Type, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aimnet2mult import nbops
 from aimnet2mult.config.builder import resolve
-from aimnet2mult.constants import ATOMIC_MASSES
+from aimnet2mult.constants import ATOMIC_MASSES, MAX_ATOMIC_NUMBER
 from aimnet2mult.dispersion import D3TS, DFTD3, DispParam
 from aimnet2mult.electrostatics import LRCoulomb, SRCoulomb
 
@@ -30,6 +31,7 @@ __all__ = [
     "Output",
     "Quadrupole",
     "SRCoulomb",
+    "SelfAtomicEnergies",
 ]
 
 
@@ -55,14 +57,14 @@ class MLP(nn.Sequential):
         n_in: int,
         n_out: int,
         hidden: Sequence[int] = (),
-        activation_fn: Union[Type[nn.Module], str] = nn.GELU,
+        activation_fn: type[nn.Module] | str = nn.GELU,
         last_linear: bool = True,
         bias: bool = True,
     ) -> None:
         if isinstance(activation_fn, str):
             activation_fn = resolve(activation_fn, ["torch.nn"])
         widths = [n_in, *hidden, n_out]
-        layers: List[nn.Module] = []
+        layers: list[nn.Module] = []
         for i in range(len(widths) - 1):
             layers.append(nn.Linear(widths[i], widths[i + 1], bias=bias))
             layers.append(activation_fn())
@@ -108,14 +110,12 @@ class Output(nn.Module):
         Further arguments of `MLP`, or a network.
     """
 
-    def __init__(
-        self, n_in: int, n_out: int, key_in: str, key_out: str, mlp: Union[Mapping[str, Any], nn.Module]
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, key_in: str, key_out: str, mlp: Mapping[str, Any] | nn.Module) -> None:
         super().__init__()
         self.key_in, self.key_out, self.n_out = key_in, key_out, n_out
         self.mlp = mlp if isinstance(mlp, nn.Module) else MLP(n_in=n_in, n_out=n_out, **mlp)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``; rows of padding atoms are zero."""
         x = nbops.unpack_atoms(self.mlp(nbops.pack_atoms(data[self.key_in], data)), data)
         if self.n_out == 1:
@@ -141,9 +141,38 @@ class AtomicShift(nn.Module):
         self.shifts = nn.Embedding(num_types, 1, padding_idx=0)
         nn.init.zeros_(self.shifts.weight)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``; float64 if the table is."""
         data[self.key_out] = data[self.key_in] + self.shifts(data["numbers"]).squeeze(-1)
+        return data
+
+
+class SelfAtomicEnergies(nn.Module):
+    """Add the self-atomic energies (SAE) of the atoms to ``key_out``, in float64.
+
+    Parameters
+    ----------
+    sae : mapping
+        {atomic number: eV}. Other elements give NaN; whoever calls the model refuses them first.
+    key_out : str
+        Energy of each molecule (B,), eV.
+    """
+
+    def __init__(self, sae: Mapping[int, float], key_out: str = "energy") -> None:
+        super().__init__()
+        self.key_out = key_out
+        table = torch.full((MAX_ATOMIC_NUMBER + 1,), torch.nan, dtype=torch.float64)
+        table[0] = 0.0
+        for z, energy in sae.items():
+            table[z] = energy
+        self.register_buffer("sae", table)
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add to ``key_out``, or set it."""
+        energy = nbops.mol_sum(self.sae[data["numbers"]], data)
+        if self.key_out in data:
+            energy = data[self.key_out] + energy
+        data[self.key_out] = energy
         return data
 
 
@@ -154,7 +183,7 @@ class AtomicSum(nn.Module):
         super().__init__()
         self.key_in, self.key_out = key_in, key_out
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``."""
         data[self.key_out] = nbops.mol_sum(nbops.mask_padding(data[self.key_in].double(), data), data)
         return data
@@ -168,7 +197,7 @@ class _Multipole(nn.Module):
         self.key_in, self.key_out, self.center_coord = key_in, key_out, center_coord
         self.register_buffer("masses", torch.tensor(ATOMIC_MASSES, dtype=torch.float64), persistent=False)
 
-    def positions(self, data: Dict[str, Tensor]) -> Tensor:
+    def positions(self, data: dict[str, Tensor]) -> Tensor:
         """(B, N, 3) or (A, 3), Å."""
         coord = data["coord"]
         if not self.center_coord:
@@ -192,7 +221,7 @@ class Dipole(_Multipole):
     def __init__(self, key_in: str = "charges", key_out: str = "dipole", center_coord: bool = False) -> None:
         super().__init__(key_in, key_out, center_coord)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``."""
         data[self.key_out] = nbops.mol_sum(data[self.key_in].unsqueeze(-1) * self.positions(data), data)
         return data
@@ -212,7 +241,7 @@ class Quadrupole(_Multipole):
     def __init__(self, key_in: str = "charges", key_out: str = "quadrupole", center_coord: bool = False) -> None:
         super().__init__(key_in, key_out, center_coord)
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``."""
         r = self.positions(data)
         squares = r.pow(2)
@@ -243,7 +272,7 @@ class Forces(nn.Module):
         self.model = model
         self.key_in, self.key_out = key_in, key_out
 
-    def forward(self, data: Dict[str, Tensor], compute_forces: bool = True) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor], compute_forces: bool = True) -> dict[str, Tensor]:
         """Evaluate the model; ``compute_forces=False`` leaves the forces, and their cost, out.
 
         Parameters

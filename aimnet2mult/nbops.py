@@ -12,7 +12,7 @@ flat
 batch, M neighbours. Keys that begin with ``_`` are internal to a model and never leave it.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from aimnet2mult.neighborlist import neighbor_matrix
 
 MASKED_DISTANCE = 100.0
-"""Distance in Å that masked pairs (an atom with itself, with padding) are given, so that every function of it is finite."""
+"""Å; masked pairs (an atom with itself, with padding) get this distance, so that every function of it is finite."""
 
 
 class Key(NamedTuple):
@@ -40,13 +40,13 @@ class Key(NamedTuple):
     """
 
     kind: str
-    trailing: Tuple[int, ...]
+    trailing: tuple[int, ...]
     dtype: str
     unit: str
     meaning: str
 
 
-BATCH_KEYS: Dict[str, Key] = {
+BATCH_KEYS: dict[str, Key] = {
     "coord": Key("atom", (3,), "float", "Å", "positions"),
     "numbers": Key("atom", (), "int", "", "atomic numbers, 0 = padding (+ fidelity x offset while training)"),
     "charge": Key("molecule", (), "float", "e", "total charge, default 0"),
@@ -70,6 +70,12 @@ BATCH_KEYS: Dict[str, Key] = {
     "_fidelities": Key("molecule", (), "int", "", "fidelity of each molecule (mixed-fidelity training)"),
 }
 """Every key of a batch: name -> kind, further axes, dtype, unit, meaning."""
+
+INPUT_KEYS = ("coord", "numbers", "charge", "mult", "mol_idx", "cell", "nbmat", "nbmat_lr", "shifts", "shifts_lr")
+"""Keys that a caller gives; only the first two must be there."""
+
+RESULT_KEYS = ("energy", "forces", "charges", "spin_charges", "dipole", "quadrupole", "stress", "hessian")
+"""Keys that a deployed model may return."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,7 +103,7 @@ def encode_fidelity(numbers: Any, fidelity: Any, offset: int) -> Any:
     return numbers + (numbers > 0) * (fidelity * offset)
 
 
-def decode_fidelity(types: Any, offset: int) -> Tuple[Any, Any]:
+def decode_fidelity(types: Any, offset: int) -> tuple[Any, Any]:
     """Return (atomic numbers, fidelities) of element types, the inverse of `encode_fidelity`.
 
     Padding (0) comes back as atomic number 0, fidelity 0.
@@ -110,12 +116,12 @@ def decode_fidelity(types: Any, offset: int) -> Tuple[Any, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def is_flat(data: Dict[str, Tensor]) -> bool:
+def is_flat(data: dict[str, Tensor]) -> bool:
     """Tell whether the batch is in flat layout, from the rank of ``coord`` alone."""
     return data["coord"].dim() == 2
 
 
-def n_molecules(data: Dict[str, Tensor]) -> int:
+def n_molecules(data: dict[str, Tensor]) -> int:
     """Return the number of molecules B, from the length of ``charge``."""
     return data["charge"].shape[0]
 
@@ -125,7 +131,7 @@ def real_atoms(numbers: Tensor) -> Tensor:
     return numbers > 0
 
 
-def mol_sum(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def mol_sum(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Sum an atomic quantity over each molecule; padding must already be zero.
 
     Parameters
@@ -146,14 +152,14 @@ def mol_sum(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
     return torch.zeros(shape, dtype=x.dtype, device=x.device).index_add(0, data["mol_idx"], x)
 
 
-def mol_expand(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def mol_expand(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Give each atom the value of its molecule: (B, ...) -> (B, 1, ...) (broadcasts) or (A, ...)."""
     if data["coord"].dim() == 3:
         return x.unsqueeze(1)
     return x.index_select(0, data["mol_idx"])
 
 
-def mask_padding(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def mask_padding(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Return an atomic quantity (B, N, ...) or (A, ...) with the rows of padding atoms set to zero."""
     padding = ~real_atoms(data["numbers"])
     for _ in range(x.dim() - padding.dim()):
@@ -161,7 +167,7 @@ def mask_padding(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
     return x.masked_fill(padding, 0.0)
 
 
-def pack_atoms(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def pack_atoms(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Collect the rows of real atoms: (B, N, F) or (A, F) -> (R, F), R = number of atoms that are not padding.
 
     Work per atom (the MLPs) is done on packed rows, so that padding costs nothing.
@@ -173,7 +179,7 @@ def pack_atoms(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
     return rows.index_select(0, index)
 
 
-def unpack_atoms(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def unpack_atoms(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Put packed rows (R, F) back to (B, N, F) or (A, F); padding rows are zero. Inverse of `pack_atoms`."""
     numbers = data["numbers"]
     index = data["_real_idx"]
@@ -189,7 +195,7 @@ def unpack_atoms(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def neighbors(x: Tensor, data: Dict[str, Tensor], suffix: str) -> Tensor:
+def neighbors(x: Tensor, data: dict[str, Tensor], suffix: str) -> Tensor:
     """Values of the neighbours j of each atom i, to be combined with ``x.unsqueeze(-1 or 1)`` of atom i.
 
     Parameters
@@ -211,12 +217,12 @@ def neighbors(x: Tensor, data: Dict[str, Tensor], suffix: str) -> Tensor:
     return x[data["nbmat" + suffix]]
 
 
-def center(x: Tensor, data: Dict[str, Tensor]) -> Tensor:
+def center(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Values of atom i, to be combined with `neighbors`: (B, N, 1, ...) or (A, 1, ...)."""
     return x.unsqueeze(data["coord"].dim() - 1)
 
 
-def pair_mask(data: Dict[str, Tensor], suffix: str) -> Tensor:
+def pair_mask(data: dict[str, Tensor], suffix: str) -> Tensor:
     """Tell which pairs count: both atoms real, and not an atom with itself.
 
     Returns
@@ -234,8 +240,8 @@ def pair_mask(data: Dict[str, Tensor], suffix: str) -> Tensor:
 
 
 def pair_vectors(
-    data: Dict[str, Tensor], suffix: str, masked_distance: float = MASKED_DISTANCE
-) -> Tuple[Tensor, Tensor, Tensor]:
+    data: dict[str, Tensor], suffix: str, masked_distance: float = MASKED_DISTANCE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Distances and vectors from each atom to its neighbours, computed once per batch and kept in it.
 
     Parameters
@@ -275,7 +281,7 @@ def pair_vectors(
     # Replace the vector, not the distance: the norm at zero has no second derivative, masked afterwards or not.
     outside = torch.tensor([masked_distance, 0.0, 0.0], dtype=coord.dtype, device=coord.device)
     r_ij = torch.where(mask.unsqueeze(-1), r_ij, outside)
-    d_ij = r_ij.norm(dim=-1)
+    d_ij = torch.linalg.vector_norm(r_ij, dim=[-1])
     data["_d_ij" + suffix] = d_ij
     data["_r_ij" + suffix] = r_ij
     data["_mask_ij" + suffix] = mask
@@ -292,7 +298,8 @@ def neighbor_sum(x: Tensor, mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(data: Dict[str, Tensor]) -> None:
+def check_batch(data: dict[str, Tensor]) -> None:
+    """Raise a ValueError that says what is wrong if keys are missing or shapes do not fit together."""
     if "coord" not in data or "numbers" not in data:
         raise ValueError("the input needs the keys coord and numbers")
     coord, numbers = data["coord"], data["numbers"]
@@ -311,7 +318,7 @@ def _check_shapes(data: Dict[str, Tensor]) -> None:
         )
 
 
-def _molecule_values(data: Dict[str, Tensor], key: str, default: float, n_mol: int) -> Tensor:
+def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: int) -> Tensor:
     """A value per molecule (B,), the default where the caller gives none, dtype and device of ``coord``."""
     coord = data["coord"]
     if key not in data:
@@ -323,8 +330,8 @@ def _molecule_values(data: Dict[str, Tensor], key: str, default: float, n_mol: i
 
 
 def internal_batch(
-    data: Dict[str, Tensor], cutoff: float, cutoff_lr: float, dense_limit: int = 256
-) -> Dict[str, Tensor]:
+    data: dict[str, Tensor], cutoff: float, cutoff_lr: float, dense_limit: int = 256
+) -> dict[str, Tensor]:
     """Copy the documented inputs of a batch into a new dictionary, in one of the two layouts that the model works in.
 
     Dense input stays dense when it is not periodic, brings no neighbour matrix and its molecules have at most
@@ -356,9 +363,9 @@ def internal_batch(
     ValueError
         Shapes that do not fit, missing keys, a cell together with a long-range term of infinite range.
     """
-    _check_shapes(data)
+    check_batch(data)
     coord, numbers = data["coord"], data["numbers"].long()
-    out: Dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     if "cell" in data:
         out["cell"] = data["cell"].to(coord.dtype)
 
@@ -421,7 +428,7 @@ def internal_batch(
         real_idx = torch.arange(kept.shape[0], device=device)
     out["coord"], out["numbers"], out["mol_idx"], out["_real_idx"] = coord, numbers, mol_idx, real_idx
 
-    cell: Optional[Tensor] = None
+    cell: Tensor | None = None
     if "cell" in out:
         cell = out["cell"]
     if "nbmat" not in out:
@@ -446,7 +453,7 @@ def internal_batch(
     return out
 
 
-def emitted_batch(batch: Dict[str, Tensor], data: Dict[str, Tensor], atom_keys: List[str]) -> Dict[str, Tensor]:
+def emitted_batch(batch: dict[str, Tensor], data: dict[str, Tensor], atom_keys: list[str]) -> dict[str, Tensor]:
     """What a model returns: the caller's keys and the results, in the caller's layout, without internal keys.
 
     Parameters
@@ -463,7 +470,7 @@ def emitted_batch(batch: Dict[str, Tensor], data: Dict[str, Tensor], atom_keys: 
     dict
         Keys and shapes of `BATCH_KEYS`.
     """
-    out: Dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for key, value in data.items():
         out[key] = value
     for key, value in batch.items():

@@ -5,7 +5,6 @@ scriptable and works on positions without a graph: which atoms are neighbours ha
 """
 
 import math
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,16 @@ def _block_rows(n_columns: int, elements: int = BLOCK_ELEMENTS) -> int:
     return max(1, elements // max(1, n_columns))
 
 
-def molecule_pairs(coord: Tensor, mol_idx: Tensor, cutoff: float) -> Tuple[Tensor, Tensor]:
+def integer_grid(limits: Tensor) -> Tensor:
+    """All triples of integers (n_1, n_2, n_3) with |n_k| <= ``limits[k]``: (K, 3) int64."""
+    axes: list[Tensor] = []
+    for k in range(3):
+        n = int(limits[k].item())
+        axes.append(torch.arange(-n, n + 1, device=limits.device))
+    return torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def molecule_pairs(coord: Tensor, mol_idx: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """All ordered pairs of atoms of the same molecule closer than ``cutoff``.
 
     Parameters
@@ -63,7 +71,7 @@ def molecule_pairs(coord: Tensor, mol_idx: Tensor, cutoff: float) -> Tuple[Tenso
     return torch.cat(i_parts), torch.cat(j_parts)
 
 
-def periodic_pairs(coord: Tensor, cell: Tensor, cutoff: float) -> Tuple[Tensor, Tensor, Tensor]:
+def periodic_pairs(coord: Tensor, cell: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """All ordered pairs (i, j, lattice translation) closer than ``cutoff`` in a crystal.
 
     The cell may have any shape and may be smaller than the cutoff: an atom then sees its own images.
@@ -88,9 +96,8 @@ def periodic_pairs(coord: Tensor, cell: Tensor, cutoff: float) -> Tuple[Tensor, 
     wraps = torch.floor(coord @ inverse)
     wrapped = coord - wraps @ cell
     # The distance between lattice planes is one over the length of a reciprocal vector (a column of the inverse).
-    n_images = torch.ceil(cutoff * inverse.norm(dim=0)).long()
-    axes = [torch.arange(-int(n), int(n) + 1, device=coord.device) for n in n_images]
-    images = torch.cartesian_prod(axes[0], axes[1], axes[2]).to(coord.dtype)
+    n_images = torch.ceil(cutoff * torch.linalg.vector_norm(inverse, dim=[0]))
+    images = integer_grid(n_images).to(coord.dtype)
 
     n_atoms = coord.shape[0]
     ghosts = (wrapped.unsqueeze(0) + (images @ cell).unsqueeze(1)).reshape(-1, 3)
@@ -117,8 +124,8 @@ def periodic_pairs(coord: Tensor, cell: Tensor, cutoff: float) -> Tuple[Tensor, 
 
 
 def neighbor_matrix(
-    coord: Tensor, mol_idx: Tensor, cutoff: float, cell: Optional[Tensor] = None
-) -> Tuple[Tensor, Optional[Tensor]]:
+    coord: Tensor, mol_idx: Tensor, cutoff: float, cell: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Neighbours within ``cutoff`` as a matrix, for a batch to which one padding atom is appended.
 
     Parameters

@@ -1,7 +1,6 @@
 """Pure tensor functions: cutoffs, the radial basis, charge equilibration, Coulomb kernels. No state, no keys."""
 
 import math
-from typing import Dict
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ def gaussian_basis(d_ij: Tensor, eta: Tensor, shifts: Tensor) -> Tensor:
     return torch.exp(-eta * (d_ij - shifts) ** 2)
 
 
-def nse(Q: Tensor, q: Tensor, f: Tensor, data: Dict[str, Tensor], epsilon: float = NSE_EPSILON) -> Tensor:
+def nse(Q: Tensor, q: Tensor, f: Tensor, data: dict[str, Tensor], epsilon: float = NSE_EPSILON) -> Tensor:
     """Neutral spin equilibration: spread the missing charge over the atoms by their flexibility.
 
     q_i + f_i / (Σf + ε) · (Q - Σq), per molecule and channel; Zubatyuk et al., 10.1038/s41467-021-24904-0.

@@ -3,7 +3,8 @@
 Anstine, Zubatyuk, Isayev (10.1039/D4SC08572H); spin-resolved charges: Zubatyuk et al. (10.1038/s41467-021-24904-0).
 """
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def build_outputs(outputs: Mapping[str, Any], num_types: int) -> nn.ModuleDict:
 
     Tables over element types (`AtomicShift`) get ``num_types`` rows.
     """
-    modules: Dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for name, node in outputs.items():
         if isinstance(node, nn.Module):
             modules[name] = node
@@ -100,7 +101,7 @@ class AIMNet2(nn.Module):
         n_in_a = n_flat + self.conv_a.output_size
         n_in_q = num_charge_channels + self.conv_q.output_size
         n_passes = len(hidden)
-        mlps: List[nn.Module] = []
+        mlps: list[nn.Module] = []
         for p, widths in enumerate(hidden):
             last = p == n_passes - 1
             n_out = aim_size if last else n_flat + 2 * num_charge_channels
@@ -111,7 +112,7 @@ class AIMNet2(nn.Module):
         self.update_keys_and_cutoffs()
 
     @torch.jit.unused
-    def readouts(self) -> List[nn.Module]:
+    def readouts(self) -> list[nn.Module]:
         """Every readout module, in the order in which they run."""
         return list(self.outputs.values())
 
@@ -129,7 +130,7 @@ class AIMNet2(nn.Module):
         self.outputs[name] = module
         self.update_keys_and_cutoffs()
 
-    def forward(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Evaluate a batch.
 
         Parameters
@@ -148,7 +149,7 @@ class AIMNet2(nn.Module):
         batch = self.readout(self.encode(batch))
         return nbops.emitted_batch(batch, data, self._atom_keys)
 
-    def encode(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def encode(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add ``aim`` and ``charges`` (``spin_charges``) to an internal batch."""
         data = self.aev(data)
         numbers = data["numbers"]
@@ -179,13 +180,13 @@ class AIMNet2(nn.Module):
             data["charges"] = q.squeeze(-1)
         return data
 
-    def readout(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch."""
         for module in self.outputs.values():
             data = module(data)
         return data
 
-    def channel_charges(self, data: Dict[str, Tensor]) -> Tensor:
+    def channel_charges(self, data: dict[str, Tensor]) -> Tensor:
         """Total charge of each channel (B, C): Q, or ½(Q ± (mult - 1)) for alpha and beta."""
         charge = data["charge"]
         if self.num_charge_channels == 1:

@@ -5,7 +5,8 @@ fidelities freely and each molecule's result is what it would be alone.
 """
 
 import copy
-from typing import Any, Dict, List, Mapping, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class MixedFidelityAIMNet2(AIMNet2):
         """Turn ``outputs`` into one set of learning readouts per fidelity and one shared set of the others."""
         outputs = dict(self.outputs.items())
         learning = {n: m for n, m in outputs.items() if any(p.requires_grad for p in m.parameters())}
-        self.stages: List[Tuple[bool, List[str]]] = []
+        self.stages: list[tuple[bool, list[str]]] = []
         for name in outputs:
             if not self.stages or self.stages[-1][0] != (name in learning):
                 self.stages.append((name in learning, []))
@@ -82,13 +83,13 @@ class MixedFidelityAIMNet2(AIMNet2):
         self.fidelity_readouts = nn.ModuleList(heads)
         self.shared_readouts = nn.ModuleDict({n: m for n, m in outputs.items() if n not in learning})
 
-    def readouts(self) -> List[nn.Module]:
+    def readouts(self) -> list[nn.Module]:
         """Every readout module."""
         if "outputs" in self._modules:
             return list(self.outputs.values())
         return [*self.shared_readouts.values(), *(m for head in self.fidelity_readouts for m in head.values())]
 
-    def readout(self, data: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch: each fidelity's on its own atoms, the shared ones on all.
 
         The shared ones see plain atomic numbers.
@@ -108,7 +109,7 @@ class MixedFidelityAIMNet2(AIMNet2):
         data["numbers"] = types
         return data
 
-    def _fidelity_stage(self, data: Dict[str, Tensor], fidelities: Tensor, names: List[str]) -> Dict[str, Tensor]:
+    def _fidelity_stage(self, data: dict[str, Tensor], fidelities: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Run consecutive learning readouts, which act on atoms one by one, on each fidelity's real atoms."""
         n_axes = data["numbers"].dim()
         head = self.fidelity_readouts[0]
@@ -118,8 +119,8 @@ class MixedFidelityAIMNet2(AIMNet2):
 
         real = data["_real_idx"]
         atom_fidelity = fidelities.flatten()[real]
-        rows: List[Tensor] = []
-        results: Dict[str, List[Tensor]] = {key: [] for key in written}
+        rows: list[Tensor] = []
+        results: dict[str, list[Tensor]] = {key: [] for key in written}
         for f in range(self.num_fidelities):
             index = real[atom_fidelity == f]
             if index.shape[0] == 0:
@@ -139,7 +140,7 @@ class MixedFidelityAIMNet2(AIMNet2):
         return data
 
 
-def fidelity_slice(state_dict: Mapping[str, Tensor], fidelity: int, fidelity_offset: int) -> Dict[str, Tensor]:
+def fidelity_slice(state_dict: Mapping[str, Tensor], fidelity: int, fidelity_offset: int) -> dict[str, Tensor]:
     """Weights of one fidelity, as those of a plain AIMNet2 with `TYPES_PER_FIDELITY` element types.
 
     Parameters
@@ -157,7 +158,7 @@ def fidelity_slice(state_dict: Mapping[str, Tensor], fidelity: int, fidelity_off
         Keys of `AIMNet2`; table rows are copies.
     """
     heads = any(key.startswith("fidelity_readouts.") for key in state_dict)
-    out: Dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if heads:
             if key.startswith(("outputs.", "shared_readout.")):

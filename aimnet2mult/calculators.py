@@ -1,0 +1,238 @@
+"""ASE calculators for compiled models. The only module that knows ASE.
+
+``atoms.calc = AIMNet2Calculator("model_fid0.jpt")``, then optimise, run MD, compute vibrations. Total charge and
+spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` and ``atoms.info["spin"]``.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+
+from aimnet2mult.config.builder import nearest
+from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
+
+FIDELITY_FILE = re.compile(r"_fid(\d+)\.jpt$")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _integer(value: Any, what: str) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{what} must be a whole number, found {value!r}")
+    return int(value)
+
+
+def check_parity(numbers: np.ndarray, charge: int, mult: int) -> None:
+    """Raise a ValueError if ``mult`` - 1 unpaired electrons are impossible for this number of electrons."""
+    if mult < 1:
+        raise ValueError(f"spin multiplicity must be at least 1, found {mult}")
+    electrons = int(numbers.sum()) - charge
+    if electrons < mult - 1:
+        raise ValueError(f"multiplicity {mult} needs {mult - 1} unpaired electrons, the molecule has {electrons}")
+    if (electrons - (mult - 1)) % 2 != 0:
+        kind = "odd" if electrons % 2 else "even"
+        raise ValueError(
+            f"{electrons} electrons (charge {charge}) cannot have the multiplicity {mult}: an {kind} number of "
+            f"electrons needs an {'even' if electrons % 2 else 'odd'} one; set mult or atoms.info['spin'], or charge"
+        )
+
+
+class AIMNet2Calculator(Calculator):
+    """Energy, forces and charges of a compiled model.
+
+    Properties: ``energy`` and ``free_energy`` (eV, the same number), ``forces`` (eV/Å), ``charges`` (e), for
+    molecules ``dipole`` of the charges about the centre of mass (e·Å), and ``magmoms`` (spin charges) if the model
+    gives them.
+
+    Parameters
+    ----------
+    model : str, Path or JitModel
+        A ``.jpt`` file, or a loaded one.
+    charge : int, optional
+        Total charge, e; default ``atoms.info["charge"]``, else 0.
+    mult : int, optional
+        Spin multiplicity 2S+1; default ``atoms.info["spin"]`` or ``["mult"]``, else 1.
+    device : str, optional
+        Default: a GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        At calculation: an element that the model does not know, a multiplicity that does not fit the number of
+        electrons, a system periodic in some directions only.
+    """
+
+    default_parameters: ClassVar[dict[str, Any]] = {}
+    ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
+
+    def __init__(
+        self,
+        model: str | Path | JitModel,
+        charge: int | None = None,
+        mult: int | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.device = device or _default_device()
+        self.model = model if isinstance(model, JitModel) else load_jit_model(model, self.device)
+        self.charge = None if charge is None else _integer(charge, "charge")
+        self.mult = None if mult is None else _integer(mult, "mult")
+        self._state: tuple[int, int] | None = None
+        self.implemented_properties = ["energy", "free_energy", "forces", "charges", "dipole"]
+        if self._spin_resolved():
+            self.implemented_properties.append("magmoms")
+
+    def _spin_resolved(self) -> bool:
+        kwargs = self.model.metadata.get("model_config", {}).get("kwargs", {})
+        return kwargs.get("num_charge_channels") == 2
+
+    def charge_and_mult(self, atoms: Atoms) -> tuple[int, int]:
+        """Total charge and multiplicity that a calculation of ``atoms`` uses."""
+        charge, mult = self.charge, self.mult
+        if charge is None:
+            charge = _integer(atoms.info.get("charge", 0), "atoms.info['charge']")
+        if mult is None:
+            key = "spin" if "spin" in atoms.info else "mult"
+            mult = _integer(atoms.info.get(key, 1), f"atoms.info['{key}']")
+        return charge, mult
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """List what changed since the last calculation; ``atoms.info``, which ASE does not look at, included."""
+        changes = super().check_state(atoms, tol=tol)
+        if self._state is not None and self.charge_and_mult(atoms) != self._state:
+            changes.append("info")
+        return changes
+
+    def batch(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+        """The batch of one molecule that the model is called with."""
+        charge, mult = self.charge_and_mult(atoms)
+        check_parity(atoms.numbers, charge, mult)
+        pbc = atoms.get_pbc()
+        data = {
+            "coord": torch.as_tensor(atoms.get_positions()[None], dtype=torch.float64),
+            "numbers": torch.as_tensor(atoms.numbers[None], dtype=torch.long),
+            "charge": torch.tensor([float(charge)], dtype=torch.float64),
+            "mult": torch.tensor([float(mult)], dtype=torch.float64),
+        }
+        if pbc.any():
+            if not pbc.all():
+                raise ValueError(f"periodic in some directions only (pbc = {pbc.tolist()}): all or none is supported")
+            data["cell"] = torch.as_tensor(atoms.get_cell().array, dtype=torch.float64)
+        return {key: value.to(self.device) for key, value in data.items()}
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Fill ``results``; called by ASE."""
+        super().calculate(atoms, properties, system_changes)
+        atoms = self.atoms
+        assert atoms is not None
+        self._state = self.charge_and_mult(atoms)
+        out = {key: value[0].cpu().numpy() for key, value in self.model(self.batch(atoms)).items()}
+        energy = float(out["energy"])
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "forces": out["forces"].astype(np.float64),
+            "charges": out["charges"].astype(np.float64),
+        }
+        if not atoms.get_pbc().any():
+            positions = atoms.get_positions() - atoms.get_center_of_mass()
+            self.results["dipole"] = self.results["charges"] @ positions
+        if "spin_charges" in out:
+            self.results["magmoms"] = out["spin_charges"].astype(np.float64)
+
+    def get_spin_charges(self, atoms: Atoms | None = None) -> np.ndarray:
+        """Spin charges (N,), e, of a model that resolves spin."""
+        if not self._spin_resolved():
+            raise PropertyNotImplementedError("this model has one charge channel and no spin charges")
+        return self.get_property("magmoms", atoms)
+
+    def get_hessian(self, atoms: Atoms | None = None, method: str = "autograd") -> np.ndarray:
+        """Second derivatives of the energy of a molecule, (3N, 3N), eV/Å² (`JitModel.hessian`)."""
+        atoms = atoms if atoms is not None else self.atoms
+        if atoms is None:
+            raise ValueError("get_hessian needs atoms: none were given and none were calculated before")
+        size = 3 * len(atoms)
+        return self.model.hessian(self.batch(atoms), method)[0].cpu().numpy().reshape(size, size)
+
+
+class MultiFidelityCalculator(AIMNet2Calculator):
+    """All fidelities of a training in one calculator; one of them is active.
+
+    Parameters
+    ----------
+    model_dir : str or Path
+        Folder with one ``<prefix>_fid<N>.jpt`` per fidelity.
+    fidelity : int or str, optional
+        Active fidelity, by number or by name; default the lowest number.
+    charge, mult, device
+        As in `AIMNet2Calculator`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No folder, no or ambiguous files in it, unknown fidelity.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        fidelity: int | str | None = None,
+        charge: int | None = None,
+        mult: int | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        folder = Path(model_dir)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        files: dict[int, Path] = {}
+        for path in sorted(folder.glob("*.jpt")):
+            match = FIDELITY_FILE.search(path.name)
+            if match is None:
+                continue
+            level = int(match.group(1))
+            if level in files:
+                raise ValueError(f"{folder}: two files for fidelity {level}: {files[level].name} and {path.name}")
+            files[level] = path
+        if not files:
+            raise FileNotFoundError(f"{folder}: no compiled models named <prefix>_fid<N>.jpt")
+        device = device or _default_device()
+        self.models = {level: load_jit_model(files[level], device) for level in sorted(files)}
+        self.names = {level: str(m.metadata.get("fidelity_name") or level) for level, m in self.models.items()}
+        self.fidelity = self._level(min(self.models) if fidelity is None else fidelity)
+        super().__init__(self.models[self.fidelity], charge, mult, device, **kwargs)
+
+    def _level(self, fidelity: int | str) -> int:
+        if isinstance(fidelity, str):
+            for level, name in self.names.items():
+                if name == fidelity:
+                    return level
+        elif fidelity in self.models:
+            return fidelity
+        known = [f"{level}" if name == str(level) else f"{level} ({name})" for level, name in self.names.items()]
+        raise ValueError(f"fidelity {fidelity!r}: {nearest(str(fidelity), known)}")
+
+    def set_fidelity(self, fidelity: int | str) -> None:
+        """Make another fidelity the active one; results of the former are forgotten."""
+        self.fidelity = self._level(fidelity)
+        self.model = self.models[self.fidelity]
+        self.reset()
+
+    def energies(self, atoms: Atoms) -> dict[int, float]:
+        """Total energy of ``atoms`` in every fidelity, eV; the active one stays as it is."""
+        data = self.batch(atoms)
+        return {level: float(model(data)["energy"]) for level, model in self.models.items()}
