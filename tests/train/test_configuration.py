@@ -1,0 +1,324 @@
+"""The settings of a run: what is merged, what is refused and in which words."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aimnet2mult.train.configuration import DEFAULT_CONFIG, TrainConfig, load_config, to_dict, yaml_key
+
+PLATEAU = "ignite.handlers.ReduceLROnPlateauScheduler"
+STEP = "torch.optim.lr_scheduler.StepLR"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Working folder with three datasets and SAE files (empty: settings are checked before data is read)."""
+    for f in range(3):
+        (tmp_path / f"fid{f}.h5").touch()
+        (tmp_path / f"sae{f}.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(count=3):
+    return [f"data.fidelity_datasets.{f}=fid{f}.h5" for f in range(count)] + [
+        f"data.sae.energy.files.{f}=sae{f}.yaml" for f in range(count)
+    ]
+
+
+def problems(*overrides, path=None):
+    with pytest.raises(ValueError, match=r"\w: ") as caught:
+        load_config(path, [*files(), *overrides])
+    return str(caught.value).splitlines()
+
+
+def write(path, settings):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# merging
+# --------------------------------------------------------------------------------------------------
+
+
+def test_packaged_file_holds_every_default_of_sections_that_are_always_there():
+    def missing(schema, data, prefix=""):
+        for f in fields(schema):
+            key = prefix + yaml_key(f.name)
+            if yaml_key(f.name) not in data:
+                yield key
+            elif is_dataclass(f.type) and data[yaml_key(f.name)] is not None:
+                yield from missing(f.type, data[yaml_key(f.name)], key + ".")
+
+    packaged = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    assert list(missing(TrainConfig, packaged)) == []
+
+
+def test_every_option_says_what_it_means():
+    def silent(schema):
+        for f in fields(schema):
+            if is_dataclass(f.type):
+                yield from silent(f.type)
+            elif not f.metadata.get("meaning"):
+                yield f"{schema.__name__}.{f.name}"
+
+    assert list(silent(TrainConfig)) == []
+
+
+def test_command_line_gives_integer_fidelities_and_paths_relative_to_the_working_folder(folder):
+    config = load_config(None, files())
+    assert config.data.fidelity_datasets == {f: folder / f"fid{f}.h5" for f in range(3)}
+    assert config.data.sae.energy.files[2] == folder / "sae2.yaml"
+    assert config.checkpoint.dirname == folder / "runs" / config.run_name
+
+
+def test_paths_in_a_file_are_relative_to_the_file(folder, monkeypatch):
+    settings = {
+        "data": {"fidelity_datasets": {0: "../fid0.h5"}, "sae": {"energy": {"file": "../sae0.yaml"}}},
+        "checkpoint": {"dirname": "out"},
+    }
+    path = write(folder / "sub" / "train.yaml", settings)
+    monkeypatch.chdir("/")
+    config = load_config(path)
+    assert config.data.fidelity_datasets[0].resolve() == folder / "fid0.h5"
+    assert config.data.sae.energy.file.is_file()
+    assert config.checkpoint.dirname == folder / "sub" / "out"
+
+
+def test_override_beats_file_beats_package(folder):
+    path = write(folder / "train.yaml", {"seed": 5, "trainer": {"epochs": 7}, "data": {"val_fraction": 0.2}})
+    config = load_config(path, [*files(), "trainer.epochs=9"])
+    assert (config.seed, config.trainer.epochs, config.data.val_fraction) == (5, 9, 0.2)
+    assert config.optimizer.class_ == "torch.optim.RAdam"
+
+
+def test_components_in_a_file_replace_the_packaged_ones_but_an_override_changes_one_value(folder):
+    energy = {"fn": "aimnet2mult.train.loss.energy_loss_fn", "weight": 2.0}
+    path = write(folder / "train.yaml", {"loss": {"kwargs": {"components": {"energy": energy}}}})
+    assert load_config(path, files()).loss.kwargs["components"] == {"energy": energy}
+    overridden = load_config(None, [*files(), "loss.kwargs.components.forces.weight=0.7"]).loss.kwargs["components"]
+    assert list(overridden) == ["energy", "forces", "charges", "spin_charges"]
+    assert overridden["forces"]["weight"] == 0.7
+    assert overridden["forces"]["kwargs"]["key_true"] == "forces"
+
+
+def test_null_removes_an_entry(folder):
+    removed = ["data.y=[energy, forces]", *(f"loss.kwargs.components.{q}=null" for q in ("charges", "spin_charges"))]
+    config = load_config(None, [*files(), *removed, "metrics.kwargs.cfg.charges=null"])
+    assert list(config.loss.kwargs["components"]) == ["energy", "forces"]
+    assert list(config.metrics.kwargs["cfg"]) == ["energy", "forces", "spin_charges"]
+
+
+def test_another_scheduler_does_not_inherit_the_settings_of_the_packaged_one(folder):
+    cosine = ["scheduler.class=torch.optim.lr_scheduler.CosineAnnealingLR", "scheduler.kwargs.T_max=10"]
+    scheduler = load_config(None, [*files(), *cosine]).scheduler
+    assert scheduler.kwargs == {"T_max": 10}
+    assert scheduler.terminate_on_low_lr is None
+    kept = load_config(None, [*files(), "scheduler.terminate_on_low_lr=1e-6", *cosine]).scheduler
+    assert kept.terminate_on_low_lr == 1e-6
+
+
+def test_numbers_in_exponent_form_are_numbers(folder):
+    config = load_config(None, [*files(), "optimizer.kwargs.lr=1e-3", "optimizer.kwargs.eps=1E-9"])
+    assert config.optimizer.kwargs["lr"] == 1e-3
+    assert config.optimizer.kwargs["eps"] == 1e-9
+
+
+def test_references_between_keys_and_marks_for_later_work(folder):
+    settings = {"run_name": "???", "checkpoint": {"filename_prefix": "${project_name}-a"}, "project_name": "nitro"}
+    config = load_config(write(folder / "train.yaml", settings), files())
+    assert config.checkpoint.filename_prefix == "nitro-a"
+    assert config.run_name.startswith("run_")
+
+
+def test_names_default_to_time_and_folder(folder):
+    config = load_config(None, files())
+    assert config.project_name == folder.name
+    assert load_config(None, [*files(), "run_name=a"]).run_name == "a"
+
+
+def test_null_switches_sections_off_and_a_mapping_switches_them_on(folder):
+    config = load_config(None, [*files(), "scheduler=null", "data.sae=null", "wandb.init.mode=disabled"])
+    assert config.scheduler is None
+    assert config.data.sae is None
+    assert config.wandb.init.mode == "disabled"
+    assert load_config(None, files()).wandb is None
+
+
+def test_log_frequency_under_its_name_in_wandb(folder):
+    config = load_config(None, [*files(), "wandb.log_frequency.train=7"])
+    assert config.log_frequency.train == 7
+    assert config.wandb is None
+    path = write(folder / "t.yaml", {"wandb": {"log_frequency": {"val": 5}}, "log_frequency": {"val": 6}})
+    assert "wandb.log_frequency: contradicts log_frequency" in problems(path=path)[0]
+
+
+def test_one_sae_file_for_one_dataset(folder):
+    config = load_config(None, ["data.fidelity_datasets.0=fid0.h5", "data.sae.energy.file=sae0.yaml"])
+    assert config.data.sae.energy.file == folder / "sae0.yaml"
+    assert any(p.startswith("data.sae.energy.file: given together") for p in problems("data.sae.energy.file=sae0.yaml"))
+
+
+def test_resolved_settings_load_again_and_give_the_same(folder):
+    config = load_config(None, [*files(), "wandb.init.tags=[a, b]", "data.fidelity_weights.1=2"])
+    again = load_config(write(folder / "resolved.yaml", to_dict(config)))
+    assert again == config
+
+
+# --------------------------------------------------------------------------------------------------
+# refusing
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.epoch=3", "trainer.epoch: unknown key (command line); did you mean epochs?"),
+        ("data.val_fractoin=0.1", "data.val_fractoin: unknown key (command line); did you mean val_fraction"),
+        ("data.samplers.train.kwargs.batch_sise=1", "data.samplers.train.kwargs.batch_sise: unknown key"),
+        ("trainer.epochs=many", "trainer.epochs: expected an integer, found 'many' (command line)"),
+        ("trainer.epochs=1.5", "trainer.epochs: expected an integer, found 1.5"),
+        ("trainer.epochs=null", "trainer.epochs: expected an integer, found None"),
+        ("trainer.epochs=0", "trainer.epochs: expected 1 or more, found 0"),
+        ("data.val_fraction=half", "data.val_fraction: expected a number, found 'half'"),
+        ("data.val_fraction=1.0", "data.val_fraction: expected a fraction in [0, 1), found 1.0"),
+        ("data.separate_val=maybe", "data.separate_val: expected true or false, found 'maybe'"),
+        ("data.y=energy", "data.y: expected a list, found 'energy'"),
+        ("data.y=[energy, force]", "data.y: 'force' is not known; did you mean forces?"),
+        ("data.x=[coord, charge]", "data.x: numbers is missing"),
+        ("data=3", "data: expected a mapping, found 3"),
+        ("seed=-1", "seed: expected 0 or more"),
+        ("device=gpu", "device: expected auto, cpu, cuda or cuda:N, found 'gpu'"),
+        ("fidelity_offset=100", "fidelity_offset: must be larger than 118, found 100"),
+        ("epochs", "epochs: expected key=value"),
+        ("trainer..epochs=1", "trainer..epochs=1: expected key=value"),
+        ("data.y=[energy", "data.y: '[energy' is not a YAML value"),
+        ("run_name=${nowhere}", "Interpolation key 'nowhere' not found"),
+        (
+            "data.fidelity_datasets.dft=fid0.h5",
+            "data.fidelity_datasets: fidelities are the numbers 0, 1, ..., found 'dft'",
+        ),
+        (
+            "data.fidelity_datasets.4=fid0.h5",
+            "data.fidelity_datasets: fidelities must be 0..3 without gaps, found 0, 1, 2, 4",
+        ),
+        ("data.fidelity_datasets.1=none.h5", "none.h5: no such file"),
+        ("data.fidelity_datasets.1=.", "is a folder"),
+        ("data.val_fidelity_datasets.0=none.h5", "data.val_fidelity_datasets.0: "),
+        (
+            "data.val_fidelity_datasets.5=fid0.h5",
+            "data.val_fidelity_datasets: fidelity 5 has no dataset (datasets: 0, 1, 2)",
+        ),
+        (
+            "data.fidelity_weights.3=1",
+            "data.fidelity_weights: fidelity 3 has no dataset (datasets: 0, 1, 2). Add data.",
+        ),
+        ("data.fidelity_weights.1=-1", "data.fidelity_weights.1: expected a weight of 0 or more, found -1.0"),
+        ("data.fidelity_weights.1=nan", "data.fidelity_weights.1: expected a weight of 0 or more"),
+        ("data.fidelity_weights={0: 0, 1: 0, 2: 0}", "data.fidelity_weights: all weights are 0"),
+        ("data.sae.energy.files.1=none.yaml", "data.sae.energy.files.1: "),
+        ("data.sae.energy.mode=linear", "data.sae.energy.mode: 'linear' is not a mode"),
+        ("data.samplers.train.kwargs.batch_size=0", "data.samplers.train.kwargs.batch_size: expected 1 or more"),
+        ("data.samplers.val.kwargs.batches_per_epoch=0", "data.samplers.val.kwargs.batches_per_epoch: expected"),
+        ("data.samplers.train.kwargs.batch_mode=atom", "'atom' is not a mode; did you mean atoms?"),
+        ("data.samplers.train.kwargs.sampling_strategy=balance", "'balance' is not a strategy; did you mean balanced?"),
+        ("data.loaders.val.num_workers=-1", "data.loaders.val.num_workers: expected 0 or more"),
+        (
+            "loss.class=aimnet2mult.train.loss.MTLos",
+            "loss.class: aimnet2mult.train.loss.MTLos: aimnet2mult.train.loss has",
+        ),
+        ("loss.kwargs.component={}", "loss.kwargs.component: aimnet2mult.train.loss.MTLoss has no such option"),
+        (
+            "loss.kwargs.components.forces.weigth=1",
+            "loss.kwargs.components.forces.weigth: unknown key; did you mean weight?",
+        ),
+        (
+            "loss.kwargs.components.forces.weight=-1",
+            "loss.kwargs.components.forces.weight: expected a number of 0 or more",
+        ),
+        ("loss.kwargs.components.forces.kwargs.key=1", "loss.kwargs.components.forces.kwargs.key: "),
+        ("loss.kwargs.components.forces.fn=aimnet2mult.train.loss.peratom", "did you mean peratom_loss_fn"),
+        ("loss.kwargs.components.new={weight: 1}", "loss.kwargs.components.new.fn: is missing"),
+        ("data.y=[energy, forces, charges]", "spin_charges: needs the label spin_charges, which data.y does not list"),
+        (
+            "optimizer.class=torch.optim.Radam",
+            "optimizer.class: torch.optim.Radam: torch.optim has no Radam; did you mean RAdam",
+        ),
+        ("optimizer.class=torch.nn.Linear", "optimizer.class: torch.nn.Linear is not an optimizer"),
+        ("optimizer.kwargs.lrr=1", "optimizer.kwargs.lrr: torch.optim.RAdam has no such option; did you mean lr?"),
+        ("optimizer.kwargs.lr=fast", "optimizer.kwargs.lr: expected a positive learning rate, found 'fast'"),
+        ("optimizer.kwargs.betas=[2, 0.9]", "optimizer: torch.optim.RAdam: Invalid beta parameter"),
+        ("optimizer.param_groups.a.lr=1e-3", "optimizer.param_groups.a: expected a mapping with the pattern re"),
+        (
+            "optimizer.param_groups.a={re: 'x(', lr: 1e-3}",
+            "optimizer.param_groups.a.re: 'x(' is not a regular expression",
+        ),
+        ("optimizer.param_groups.a={re: x, rate: 1e-3}", "optimizer.param_groups.a.rate: unknown option"),
+        ("optimizer.force_train=['*']", "optimizer.force_train: '*' is not a regular expression"),
+        ("optimizer.grad_clip.max_norm=0", "optimizer.grad_clip.max_norm: expected a positive number or null"),
+        ("scheduler.class=torch.optim.Adam", "scheduler.class: Adam is not a scheduler"),
+        (
+            "scheduler.kwargs.patiens=1",
+            f"scheduler.kwargs.patiens: {PLATEAU} has no such option; did you mean patience?",
+        ),
+        ("scheduler.kwargs.factor=2", f"scheduler: {PLATEAU}: Factor should be < 1.0"),
+        (f"scheduler={{class: {STEP}, kwargs: {{step_size: 0}}}}", f"scheduler.kwargs: {STEP}: "),
+        ("scheduler.terminate_on_low_lr=1", "scheduler.terminate_on_low_lr: expected a rate between 0 and"),
+        ("scheduler.unit=step", "scheduler.unit: 'step' is not a unit"),
+        ("data.val_fraction=0", "scheduler: needs the validation loss, but there is no validation data"),
+        ("data.val_fraction=0", "checkpoint.save_best: needs the validation loss"),
+        ("checkpoint.kwargs.n_saved=0", "checkpoint.kwargs.n_saved: expected 1 or more"),
+        ("checkpoint.filename_prefix=a/b", "checkpoint.filename_prefix: expected the start of a file name"),
+        ("log_frequency.train=0", "log_frequency.train: expected 1 or more"),
+        ("log_frequency.val=0", "log_frequency.val: expected 1 or more"),
+        ("wandb.init.mode=onlin", "wandb.init.mode: 'onlin' is not a mode; did you mean online"),
+        ("wandb.init.nam=x", "wandb.init.nam: unknown key (command line); did you mean name?"),
+        ("wandb.watch_model.log=some", "wandb.watch_model.log: expected gradients, parameters or all"),
+        ("metrics.class=aimnet2mult.train.metrics.Reg", "metrics.class: "),
+        ("metrics.kwargs.cgf={}", "metrics.kwargs.cgf: "),
+        ("metrics.kwargs.cfg.energy.scale=0", "metrics.kwargs.cfg.energy.scale: 0 is not a positive number"),
+        (
+            "loss.kwargs.components.new={fn: aimnet2mult.train.loss.mse_loss_fn, weight: 1}",
+            "loss.kwargs.components.new",
+        ),
+        ("metrics.kwargs.cfg.energy=E", "metrics.kwargs.cfg.energy: expected a mapping"),
+    ],
+)
+def test_nonsense_is_refused_by_its_dotted_key(folder, override, message):
+    assert any(message in line for line in problems(override)), problems(override)
+
+
+def test_all_problems_come_in_one_message(folder):
+    lines = problems("trainer.epoch=3", "data.val_fraction=2", "data.fidelity_weights.7=1")
+    assert len(lines) == 3
+
+
+def test_missing_sae_names_the_remedy(folder):
+    with pytest.raises(ValueError, match=r"fidelity 1 has no SAE file. Make one with `python -m .*calc_sae .*fid1.h5"):
+        load_config(None, [o for o in files() if "files.1" not in o])
+
+
+def test_no_dataset(folder):
+    with pytest.raises(ValueError, match=r"data\.fidelity_datasets: no dataset given"):
+        load_config()
+
+
+def test_files_that_cannot_be_read(folder):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file"):
+        load_config("none.yaml")
+    for text in ("- a\n- b\n", "a: [1\n", "seed: 1\nseed: 2\n", "a: \xff"):
+        Path("bad.yaml").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"bad\.yaml: "):
+            load_config("bad.yaml", files())
+
+
+def test_wandb_that_is_not_installed_is_named(folder, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert any('pip install "aimnet2mult[train]"' in line for line in problems("wandb.init.project=x"))
+    load_config(None, [*files(), "wandb.init.mode=disabled"])
