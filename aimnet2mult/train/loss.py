@@ -85,8 +85,32 @@ def mean_square(error: Tensor, y_pred: Batch, atomic: bool) -> Tensor:
     return mol_sum(square, dict(y_pred)) / n_atoms(y_pred).clamp(min=1)
 
 
-def _error(prediction: Tensor, label: Tensor, mask: Tensor, y_pred: Batch, atomic: bool, key: str) -> Tensor:
-    """Prediction minus label, with zero where there is none (also when the place holds NaN)."""
+def label_error(prediction: Tensor, label: Tensor, mask: Tensor, y_pred: Batch, atomic: bool, key: str) -> Tensor:
+    """Prediction minus label, with zero where there is none (also when the place holds NaN).
+
+    Parameters
+    ----------
+    prediction, label : Tensor
+        (B, ...), or (B, N, ...) or (A, ...) if ``atomic``.
+    mask : Tensor
+        Molecules with a label, (B,) bool.
+    y_pred : mapping
+        The batch.
+    atomic : bool
+        Whether the property is atomic.
+    key : str
+        Its name, for messages.
+
+    Returns
+    -------
+    Tensor
+        Shape of ``label``; places of padding atoms are left as they are.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ.
+    """
     if prediction.shape != label.shape:
         raise ValueError(f"{key}: prediction of shape {tuple(prediction.shape)}, label of {tuple(label.shape)}")
     if atomic and y_pred["numbers"].dim() == 1:
@@ -127,7 +151,7 @@ def _squared_loss(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, at
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
-    error = _error(prediction, y_true[key_true], mask, y_pred, atomic, key_true)
+    error = label_error(prediction, y_true[key_true], mask, y_pred, atomic, key_true)
     return masked_mean(mean_square(error, y_pred, atomic), mask)
 
 
@@ -173,7 +197,7 @@ def energy_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "energy", key_t
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
-    error = _error(prediction, y_true[key_true], mask, y_pred, False, key_true)
+    error = label_error(prediction, y_true[key_true], mask, y_pred, False, key_true)
     return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask)
 
 
@@ -219,7 +243,7 @@ def _moment_loss(
         return _zero(y_pred)
     if _is_atomic(key_pred):
         prediction = moment(prediction, y_pred)
-    error = _error(prediction, y_true[key_true], mask, y_pred, False, key_true)
+    error = label_error(prediction, y_true[key_true], mask, y_pred, False, key_true)
     return masked_mean(mean_square(error, y_pred, atomic=False), mask)
 
 
