@@ -251,6 +251,7 @@ class DFTD3(RationalDispersion):
     cn: Tensor
     element: Tensor
     radius: Tensor
+    first_reference: list[int]
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class DFTD3(RationalDispersion):
         self.register_buffer("element", tables["element"].long(), persistent=False)
         self.register_buffer("radius", tables["radius"], persistent=False)
         counts = torch.bincount(self.element, minlength=self.max_element + 1)
-        self.first_reference: list[int] = [0, *counts.cumsum(0).tolist()]
+        self.first_reference = [0, *counts.cumsum(0).tolist()]
 
         self.steepness = COUNTING_STEEPNESS
         self.exponent = WEIGHTING_FACTOR
