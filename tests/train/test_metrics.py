@@ -102,7 +102,7 @@ def test_second_run_forgets_the_first():
     rows = molecules(2, 1)
     engine = Engine(lambda engine, batch: batch)
     RegMultiMetric(CFG).attach(engine, "all")
-    first = dict(engine.run([batch(molecules(9, 2))]).metrics)
+    first = dict(engine.run([batch(molecules(30, 2))]).metrics)
     assert set(first) > set(by_numpy(rows))
     assert engine.run([batch(rows)]).metrics == pytest.approx(by_numpy(rows), rel=1e-10)
     metric = RegMultiMetric(CFG)
