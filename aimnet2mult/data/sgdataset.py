@@ -16,7 +16,6 @@ when they are small, and are read chunk by chunk when they are not.
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import numpy as np
 
 from aimnet2mult.constants import MAX_ATOMIC_NUMBER
 from aimnet2mult.nbops import BATCH_KEYS
+from aimnet2mult.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -362,87 +362,92 @@ def _read_group(group: h5py.Group, where: str, n_atoms: int, user_block: int) ->
 
 
 class DatasetWriter:
+    """What `dataset_writer` gives: writes rows of groups whose sizes are known beforehand.
+
+    Parameters
+    ----------
+    file : h5py.File
+        The file, open for writing.
+    path : Path
+        Its final name, for messages.
+    sizes : mapping of int to int
+        Number of molecules for each number of atoms.
+    compression : str or None
+        Filter of HDF5, such as ``"gzip"``.
+    """
+
+    def __init__(self, file: h5py.File, path: Path, sizes: Mapping[int, int], compression: str | None) -> None:
+        self._file = file
+        self._path = path
+        self._sizes = dict(sizes)
+        self._filters = {"compression": compression, "shuffle": True} if compression else {}
+        self._rows_written: dict[tuple[int, str], int] = {}
+
+    def write(self, n_atoms: int, first: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write rows ``first``, ``first`` + 1 ... of the group of ``n_atoms`` atoms; arrays (k, ...)."""
+        where = f"{self._path}: group {n_atoms:03d}"
+        missing = [key for key in REQUIRED_KEYS if key not in arrays]
+        if missing:
+            raise DatasetError(f"{where}: {', '.join(missing)} missing. Every group needs {', '.join(REQUIRED_KEYS)}.")
+        group, rows = self._file.require_group(f"{n_atoms:03d}"), len(arrays["numbers"])
+        for key, values in arrays.items():
+            values = np.asarray(values)
+            _check_array(where, key, values.shape, values.dtype, rows, n_atoms)
+            if key not in group:
+                group.create_dataset(key, (self._sizes[n_atoms], *values.shape[1:]), values.dtype, **self._filters)
+            group[key][first : first + rows] = values
+            self._rows_written[n_atoms, key] = self._rows_written.get((n_atoms, key), 0) + rows
+
+    def check_complete(self) -> None:
+        """Refuse a file of which a part has not been written."""
+        for n_atoms, n_molecules in self._sizes.items():
+            keys = {key for n, key in self._rows_written if n == n_atoms}.union(REQUIRED_KEYS)
+            for key in sorted(keys):
+                rows = self._rows_written.get((n_atoms, key), 0)
+                if rows != n_molecules:
+                    where = f"{self._path}: group {n_atoms:03d}"
+                    raise DatasetError(f"{where}: {key} has {rows} of {n_molecules} rows. Write all of them.")
+
+
+@contextlib.contextmanager
+def dataset_writer(
+    path: str | Path,
+    sizes: Mapping[int, int],
+    attributes: Mapping[str, str] | None = None,
+    compression: str | None = None,
+) -> Iterator[DatasetWriter]:
     """Write a dataset piece by piece; the file appears under its name when all of it has been written.
 
-    Use as a context manager: an error inside leaves nothing behind, and a file of that name stays as it was.
+    An error inside the block leaves nothing behind, and a file of that name stays as it was.
 
     Parameters
     ----------
     path : str or Path
         The file to write. Its folder must exist.
     sizes : mapping of int to int
-        Number of molecules for each number of atoms.
+        Number of molecules (at least one) for each number of atoms.
     attributes : mapping of str to str, optional
         Words about the file (level of theory, program), stored with it.
     compression : str, optional
         ``"gzip"`` makes small files for distribution; None makes files that are fast to read at random.
+
+    Yields
+    ------
+    DatasetWriter
+        Its method ``write`` takes the pieces in any order.
+
+    Raises
+    ------
+    DatasetError
+        An array is missing, does not fit its group, or has not been written to its end.
+    OSError
+        The file cannot be written (`aimnet2mult.utils.files.check_writable`).
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        sizes: Mapping[int, int],
-        attributes: Mapping[str, str] | None = None,
-        compression: str | None = None,
-    ) -> None:
-        self.path = Path(path).absolute()
-        self.sizes = dict(sizes)
-        self.attributes = dict(attributes or {})
-        self.compression = compression
-        self._rows_written: dict[tuple[int, str], int] = {}
-
-    def __enter__(self) -> "DatasetWriter":
-        if self.path.is_dir():
-            raise DatasetError(f"{self.path}: is a folder. Give the name of a file.")
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{self.path.parent}: no such folder. Create it first.")
-        try:
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
-        except PermissionError as error:
-            raise DatasetError(f"{self.path.parent}: the folder cannot be written. Choose another one.") from error
-        os.close(handle)
-        self._temporary = Path(name)
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._temporary.unlink, missing_ok=True)
-            self._file = stack.enter_context(h5py.File(self._temporary, "w"))
-            self._file.attrs.update(self.attributes)
-            self._stack = stack.pop_all()
-        return self
-
-    def write(self, n_atoms: int, first: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write rows ``first``, ``first`` + 1 ... of the group of ``n_atoms`` atoms; arrays (k, ...)."""
-        group = self._file.require_group(f"{n_atoms:03d}")
-        rows = len(arrays["numbers"]) if "numbers" in arrays else -1
-        for key, values in arrays.items():
-            values = np.asarray(values)
-            _check_array(f"{self.path}: group {n_atoms:03d}", key, values.shape, values.dtype, rows, n_atoms)
-            if key not in group:
-                shape = (self.sizes[n_atoms], *values.shape[1:])
-                filters = {"compression": self.compression, "shuffle": True} if self.compression else {}
-                group.create_dataset(key, shape, values.dtype, **filters)
-            group[key][first : first + rows] = values
-            self._rows_written[n_atoms, key] = self._rows_written.get((n_atoms, key), 0) + rows
-
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        with self._stack:
-            if kind is None:
-                self._check_complete()
-                self._file.close()
-                umask = os.umask(0)
-                os.umask(umask)
-                self._temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner reads
-                os.replace(self._temporary, self.path)
-
-    def _check_complete(self) -> None:
-        """Refuse a file in which a required array or a part of any array has not been written."""
-        for n_atoms, n_molecules in self.sizes.items():
-            keys = {key for n, key in self._rows_written if n == n_atoms}.union(REQUIRED_KEYS)
-            for key in sorted(keys):
-                rows = self._rows_written.get((n_atoms, key), 0)
-                if rows != n_molecules:
-                    raise DatasetError(
-                        f"{self.path}: group {n_atoms:03d}: {key} has {rows} of {n_molecules} rows. Write all of them."
-                    )
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(attributes or {})
+        writer = DatasetWriter(file, Path(path).absolute(), sizes, compression)
+        yield writer
+        writer.check_complete()
 
 
 def write_dataset(
@@ -461,18 +466,19 @@ def write_dataset(
         For each number of atoms N the arrays of its n molecules: ``coord`` (n, N, 3) in Å, ``numbers`` (n, N),
         ``charge`` (n,), ``energy`` (n,) in eV, and optional ones, each stored in its own type.
     attributes, compression
-        As in `DatasetWriter`.
+        As in `dataset_writer`.
 
     Raises
     ------
     DatasetError
-        An array is missing or does not fit its group, or the folder cannot be written.
-    FileNotFoundError
-        No such folder.
+        No molecules, or an array is missing or does not fit its group.
+    OSError
+        The file cannot be written (`aimnet2mult.utils.files.check_writable`).
     """
-    sizes = {n_atoms: len(arrays.get("numbers", ())) for n_atoms, arrays in groups.items()}
-    if not any(sizes.values()):
-        raise DatasetError(f"{path}: no molecules to write. Give numbers for at least one group.")
-    with DatasetWriter(path, sizes, attributes, compression) as writer:
-        for n_atoms in sorted(groups):
-            writer.write(n_atoms, 0, groups[n_atoms])
+    filled = {n_atoms: arrays for n_atoms, arrays in sorted(groups.items()) if any(map(len, arrays.values()))}
+    if not filled:
+        raise DatasetError(f"{path}: no molecules to write. Give the arrays of at least one group.")
+    sizes = {n_atoms: max(map(len, arrays.values())) for n_atoms, arrays in filled.items()}
+    with dataset_writer(path, sizes, attributes, compression) as writer:
+        for n_atoms, arrays in filled.items():
+            writer.write(n_atoms, 0, arrays)
