@@ -32,20 +32,15 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 
 from aimnet2mult.config.builder import ConfigError, nearest, resolve
-from aimnet2mult.constants import MAX_ATOMIC_NUMBER
+from aimnet2mult.constants import TYPES_PER_FIDELITY
+from aimnet2mult.data.base import INPUT_KEYS
+from aimnet2mult.data.mixed import LABEL_KEYS
+from aimnet2mult.data.sampler import BATCH_MODES, STRATEGIES
 from aimnet2mult.train.utils import Schedule, accepted_keywords, reference_optimizer, scheduler_unit
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_train_mixed_fidelity.yaml"
 """The packaged settings."""
 
-INPUTS = ("coord", "numbers", "charge", "mult")
-"""What ``data.x`` may list."""
-
-LABELS = ("energy", "forces", "charges", "spin_charges", "dipole", "quadrupole")
-"""What ``data.y`` may list."""
-
-BATCH_MODES = ("molecules", "atoms")
-SAMPLING_STRATEGIES = ("weighted", "uniform", "balanced")
 SAE_MODES = ("linreg",)
 WANDB_MODES = ("online", "offline", "disabled")
 SCHEDULER_UNITS = ("iteration", "epoch", "validation")
@@ -568,8 +563,8 @@ def _check_general(config: TrainConfig) -> Iterator[str]:
         yield f"seed: expected 0 or more, found {config.seed}"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         yield f"device: expected auto, cpu, cuda or cuda:N, found {config.device!r}"
-    if len(config.data.fidelity_datasets) > 1 and config.fidelity_offset <= MAX_ATOMIC_NUMBER:
-        yield f"fidelity_offset: must be larger than {MAX_ATOMIC_NUMBER}, found {config.fidelity_offset}"
+    if len(config.data.fidelity_datasets) > 1 and config.fidelity_offset < TYPES_PER_FIDELITY:
+        yield f"fidelity_offset: must be at least {TYPES_PER_FIDELITY}, found {config.fidelity_offset}"
     if config.trainer.epochs < 1:
         yield f"trainer.epochs: expected 1 or more, found {config.trainer.epochs}"
     if config.log_frequency.train < 1:
@@ -637,7 +632,7 @@ def _check_sae(config: TrainConfig) -> Iterator[str]:
 
 def _check_batches(config: TrainConfig) -> Iterator[str]:
     data = config.data
-    for key, names, known in (("data.x", data.x, INPUTS), ("data.y", data.y, LABELS)):
+    for key, names, known in (("data.x", data.x, INPUT_KEYS), ("data.y", data.y, LABEL_KEYS)):
         for name in names:
             if name not in known:
                 yield f"{key}: {name!r} is not known; {nearest(name, known)}"
@@ -657,8 +652,8 @@ def _check_batches(config: TrainConfig) -> Iterator[str]:
             yield f"{key}.batches_per_epoch: expected 1 or more, or -1 for all, found {sampler.batches_per_epoch}"
         if sampler.batch_mode not in BATCH_MODES:
             yield f"{key}.batch_mode: {sampler.batch_mode!r} is not a mode; {nearest(sampler.batch_mode, BATCH_MODES)}"
-        if sampler.sampling_strategy not in SAMPLING_STRATEGIES:
-            known_strategies = nearest(sampler.sampling_strategy, SAMPLING_STRATEGIES)
+        if sampler.sampling_strategy not in STRATEGIES:
+            known_strategies = nearest(sampler.sampling_strategy, STRATEGIES)
             yield f"{key}.sampling_strategy: {sampler.sampling_strategy!r} is not a strategy; {known_strategies}"
         workers = getattr(data.loaders, stage).num_workers
         if workers < 0:

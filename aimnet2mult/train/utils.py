@@ -390,6 +390,7 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     package.propagate = False
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # repeats the message of every exception it passes on
 
 
 def log_format() -> logging.Formatter:

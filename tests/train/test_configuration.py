@@ -193,7 +193,7 @@ def test_resolved_settings_load_again_and_give_the_same(folder):
         ("data=3", "data: expected a mapping, found 3"),
         ("seed=-1", "seed: expected 0 or more"),
         ("device=gpu", "device: expected auto, cpu, cuda or cuda:N, found 'gpu'"),
-        ("fidelity_offset=100", "fidelity_offset: must be larger than 118, found 100"),
+        ("fidelity_offset=100", "fidelity_offset: must be at least 129, found 100"),
         ("epochs", "epochs: expected key=value"),
         ("trainer..epochs=1", "trainer..epochs=1: expected key=value"),
         ("data.y=[energy", "data.y: '[energy' is not a YAML value"),
