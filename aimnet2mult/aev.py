@@ -44,6 +44,13 @@ class AEVSV(nn.Module):
         The same for the vector part; default: those of the scalar part.
     """
 
+    rc_s: Tensor
+    eta_s: Tensor
+    shifts_s: Tensor
+    rc_v: Tensor
+    eta_v: Tensor
+    shifts_v: Tensor
+
     def __init__(
         self,
         rmin: float = 0.8,

@@ -7,7 +7,7 @@ spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` an
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +70,8 @@ class AIMNet2Calculator(Calculator):
         electrons, a system periodic in some directions only.
     """
 
-    default_parameters: ClassVar[dict[str, Any]] = {}
-    ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
+    # ASE compares atoms with those of the last calculation; the model sees neither of these two.
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012 - ASE declares it like this
 
     def __init__(
         self,

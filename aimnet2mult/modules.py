@@ -61,13 +61,12 @@ class MLP(nn.Sequential):
         last_linear: bool = True,
         bias: bool = True,
     ) -> None:
-        if isinstance(activation_fn, str):
-            activation_fn = resolve(activation_fn, ["torch.nn"])
+        activation = resolve(activation_fn, ["torch.nn"]) if isinstance(activation_fn, str) else activation_fn
         widths = [n_in, *hidden, n_out]
         layers: list[nn.Module] = []
         for i in range(len(widths) - 1):
             layers.append(nn.Linear(widths[i], widths[i + 1], bias=bias))
-            layers.append(activation_fn())
+            layers.append(activation())
         if last_linear:
             layers.pop()
         super().__init__(*layers)
@@ -158,6 +157,8 @@ class SelfAtomicEnergies(nn.Module):
         Energy of each molecule (B,), eV.
     """
 
+    sae: Tensor
+
     def __init__(self, sae: Mapping[int, float], key_out: str = "energy") -> None:
         super().__init__()
         self.key_out = key_out
@@ -191,6 +192,8 @@ class AtomicSum(nn.Module):
 
 class _Multipole(nn.Module):
     """Positions relative to the origin, or to the centre of mass of each molecule."""
+
+    masses: Tensor
 
     def __init__(self, key_in: str, key_out: str, center_coord: bool) -> None:
         super().__init__()

@@ -94,9 +94,9 @@ class AIMNet2(nn.Module):
         self.n_delta = n_flat
 
         self.afv = Embedding(num_types, nfeature, repeat=nshifts if d2features else 1)
-        shape = {"nshifts_s": nshifts, "nshifts_v": self.aev.nshifts_v, "ncomb_v": ncomb_v}
-        self.conv_a = ConvSV(nchannel=nfeature, d2features=d2features, **shape)
-        self.conv_q = ConvSV(nchannel=num_charge_channels, **shape)
+        nshifts_v = self.aev.nshifts_v
+        self.conv_a = ConvSV(nshifts, nfeature, d2features, nshifts_v, ncomb_v)
+        self.conv_q = ConvSV(nshifts, num_charge_channels, False, nshifts_v, ncomb_v)
 
         n_in_a = n_flat + self.conv_a.output_size
         n_in_q = num_charge_channels + self.conv_q.output_size
@@ -106,7 +106,12 @@ class AIMNet2(nn.Module):
             last = p == n_passes - 1
             n_out = aim_size if last else n_flat + 2 * num_charge_channels
             n_in = n_in_a if p == 0 else n_in_a + n_in_q
-            mlps.append(MLP(n_in, n_out, widths, nn.GELU, last_linear=p == 0))
+            mlp = MLP(n_in, n_out, widths, nn.GELU, last_linear=p == 0)
+            if not last:
+                # Start with equally flexible atoms: where Σf is not large against the ε of `ops.nse`, charge is lost.
+                linear = [layer for layer in mlp if isinstance(layer, nn.Linear)][-1]
+                nn.init.ones_(linear.bias[num_charge_channels : 2 * num_charge_channels])
+            mlps.append(mlp)
         self.mlps = nn.ModuleList(mlps)
         self.outputs = build_outputs(outputs, num_types)
         self.update_keys_and_cutoffs()

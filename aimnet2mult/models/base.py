@@ -220,6 +220,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint: ours, ``{"model": state_dict}`` of earlier work, or a bare state dict.
 
@@ -236,15 +243,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if _is_torchscript(path):
+        raise CheckpointError(f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt of the training")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        if zipfile.is_zipfile(path) and any(
-            name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):
-            raise CheckpointError(
-                f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt file of the training"
-            ) from error
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):

@@ -50,6 +50,8 @@ class DeployableModel(nn.Module):
         As above.
     """
 
+    allowed: Tensor
+
     def __init__(self, model: AIMNet2, species: Sequence[int], label: str = "this model") -> None:
         super().__init__()
         self.model = model
@@ -141,7 +143,7 @@ class DeployableModel(nn.Module):
         """``[1, 35]`` -> ``"H (1), Br (35)"``."""
         names: list[str] = []
         for z in numbers:
-            names.append(f"{self.symbols[z]} ({z})" if 0 < z and z < len(self.symbols) else f"Z={z}")
+            names.append(f"{self.symbols[z]} ({z})" if z > 0 and z < len(self.symbols) else f"Z={z}")
         return ", ".join(names)
 
 

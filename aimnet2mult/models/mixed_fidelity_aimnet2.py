@@ -6,7 +6,7 @@ fidelities freely and each molecule's result is what it would be alone.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,10 @@ class MixedFidelityAIMNet2(AIMNet2):
         """Every readout module."""
         if "outputs" in self._modules:
             return list(self.outputs.values())
-        return [*self.shared_readouts.values(), *(m for head in self.fidelity_readouts for m in head.values())]
+        return [
+            *self.shared_readouts.values(),
+            *(m for h in self.fidelity_readouts for m in cast(nn.ModuleDict, h).values()),
+        ]
 
     def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch: each fidelity's on its own atoms, the shared ones on all.
@@ -112,9 +115,9 @@ class MixedFidelityAIMNet2(AIMNet2):
     def _fidelity_stage(self, data: dict[str, Tensor], fidelities: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Run consecutive learning readouts, which act on atoms one by one, on each fidelity's real atoms."""
         n_axes = data["numbers"].dim()
-        head = self.fidelity_readouts[0]
-        written = [head[name].key_out for name in names]
-        needed = [head[name].key_in for name in names]
+        stages = [[cast(nn.ModuleDict, head)[name] for name in names] for head in self.fidelity_readouts]
+        written = [str(module.key_out) for module in stages[0]]
+        needed = [str(module.key_in) for module in stages[0]]
         read = [key for key in dict.fromkeys([*needed, "numbers", "coord"]) if key in data]
 
         real = data["_real_idx"]
@@ -127,8 +130,8 @@ class MixedFidelityAIMNet2(AIMNet2):
                 continue
             part = {key: data[key].flatten(0, n_axes - 1).index_select(0, index) for key in read}
             part["_real_idx"] = torch.arange(index.shape[0], device=index.device)
-            for name in names:
-                part = self.fidelity_readouts[f][name](part)
+            for module in stages[f]:
+                part = module(part)
             rows.append(index)
             for key in results:
                 results[key].append(part[key])

@@ -258,7 +258,8 @@ def compile_model(
         raise ValueError(f"{element_names(beyond)}: the embedding ends at Z = {network.num_types - 1}")
     network.add_output("self_atomic_energies", SelfAtomicEnergies({z: energies[z] for z in species}))
     if dispersion.parameters is not None:
-        network.add_output("dftd3", DFTD3(**dispersion.parameters))
+        p = dispersion.parameters
+        network.add_output("dftd3", DFTD3(s8=p["s8"], a1=p["a1"], a2=p["a2"], s6=p["s6"]))
     name = (checkpoint.get("fidelity_names") or {}).get(fidelity_level)
     label = f"fidelity {fidelity_level}" + (f" ({name})" if name else "")
     deployable = DeployableModel(network, species, label)
@@ -296,7 +297,7 @@ def compile_model(
 @click.command(context_settings={"show_default": True})
 @click.option("--weights", required=True, type=click.Path(), help="Checkpoint of the training (.pt).")
 @click.option("--model", type=click.Path(), help="Model YAML file; only for checkpoints that do not hold it.")
-@click.option("--output", required=True, type=click.Path(), help="Prefix: writes PREFIX_fidN.jpt, PREFIX_fidN_meta.yaml.")
+@click.option("--output", required=True, type=click.Path(), help="Prefix of the files: PREFIX_fidN.jpt and _meta.yaml.")
 @click.option("--fidelity-level", type=int, help="Fidelity to compile; may be left out if there is only one.")
 @click.option("--fidelity-offset", type=int, help="Distance of the element types of two fidelities, as trained.")
 @click.option("--num-fidelities", type=int, help="Number of fidelities, as trained.")

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build, load_yaml, nearest, resolve
+
+
+def test_build_gives_independent_objects_and_leaves_the_node():
+    node = {"class": "aimnet2mult.modules.MLP", "kwargs": {"n_in": 2, "n_out": 1, "hidden": [3]}}
+    a, b = build(node, MODEL_NAMESPACES), build(node, MODEL_NAMESPACES)
+    assert a is not b
+    assert a[0].weight is not b[0].weight
+    assert node["kwargs"] == {"n_in": 2, "n_out": 1, "hidden": [3]}
+
+
+def test_dispersion_and_electrostatics_resolve_as_modules():
+    for name in ("LRCoulomb", "SRCoulomb", "DFTD3", "D3TS", "DispParam", "Output", "AtomicShift", "Forces"):
+        assert issubclass(resolve(f"aimnet2mult.modules.{name}", MODEL_NAMESPACES), torch.nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"class": "aimnet2mult.modules.Outpt"}, "did you mean Output"),
+        ({"class": "aimnet2mult.modulles.Output"}, "no module aimnet2mult.modulles"),
+        ({"class": "os.system", "args": ["true"]}, "may only name classes from"),
+        ({"class": "aimnet2mult.modules.MLP", "kwargs": {"n_inn": 3}}, "unknown option n_inn; did you mean n_in"),
+        ({"class": "aimnet2mult.modules.MLP", "kwarg": {}}, "unknown key kwarg"),
+        ({"class": "MLP"}, "not a dotted class path"),
+        ({"kwargs": {}}, "with the key class"),
+    ],
+)
+def test_mistakes_are_named(node, message):
+    name = node.get("class", "")
+    if "modulles" in name:
+        with pytest.raises(ConfigError, match="may only name classes"):
+            build(node, MODEL_NAMESPACES, "outputs.x")
+        with pytest.raises(ConfigError, match=message):
+            build(node, None, "outputs.x")
+    else:
+        with pytest.raises(ConfigError, match=message):
+            build(node, MODEL_NAMESPACES, "outputs.x")
+
+
+def test_load_yaml_names_file_and_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: 1\nb: [1, 2\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not a YAML file.*line"):
+        load_yaml(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_yaml(tmp_path / "absent.yaml")
+
+
+def test_nearest_lists_what_is_known_if_nothing_is_close():
+    assert nearest("zzz", ["energy", "forces"]) == "known: energy, forces"

@@ -1,0 +1,104 @@
+"""What several tests need: the reference molecules, small models, tolerances."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aimnet2mult.models.base import build_model, count_fidelities, load_checkpoint, load_model_config, load_weights
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir():
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """Absolute tolerances by dtype, eV, eV/Å and e: what rounding of energies below 100 eV explains."""
+    return {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def _tensor(array, dtype=None):
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Expected values of a fixture by name; made with an independent implementation, see the file's README."""
+
+    def load(name):
+        with np.load(FIXTURES / f"{name}_expected.npz") as content:
+            return {key: content[key] for key in content}
+
+    return load
+
+
+@pytest.fixture
+def molecules(reference):
+    """The 13 reference molecules as a padded batch of plain atomic numbers."""
+
+    def batch(dtype=torch.float64):
+        values = reference("ref_single")
+        return {key: _tensor(values[key], dtype) for key in ("coord", "numbers", "charge", "mult")}
+
+    return batch
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    """A fixture's model with its random weights: ``ref_single`` or ``ref_mixed``."""
+
+    def build(name, dtype=torch.float64):
+        state = load_checkpoint(FIXTURES / f"{name}.pt")["model"]
+        model = build_model(load_model_config(FIXTURES / f"{name}_model.yaml"), count_fidelities(state))
+        load_weights(model, state)
+        return model.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def sae_file(tmp_path_factory):
+    """Self-atomic energies of the elements of the reference molecules."""
+    path = tmp_path_factory.mktemp("sae") / "sae.yaml"
+    path.write_text("1: -13.587\n6: -1029.476\n7: -1485.234\n8: -2041.789\n9: -2715.3\n17: -12518.7\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, sae_file):
+    """A compiled model of a fixture: fidelity 1 of ``ref_mixed``, with D3(BJ)."""
+    from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model
+
+    jpt, _ = compile_model(
+        FIXTURES / "ref_mixed.pt",
+        tmp_path_factory.mktemp("compiled") / "model",
+        model=FIXTURES / "ref_mixed_model.yaml",
+        fidelity_level=1,
+        sae=sae_file,
+        dispersion=choose_dispersion("d3bj", "b3lyp"),
+    )
+    return jpt
+
+
+def flatten(data):
+    """A padded batch as a flat one, without neighbour lists."""
+    real = data["numbers"] > 0
+    mol_idx = torch.arange(len(real)).unsqueeze(1).expand(real.shape)[real]
+    return {
+        "coord": data["coord"][real],
+        "numbers": data["numbers"][real],
+        "mol_idx": mol_idx,
+        "charge": data["charge"],
+        "mult": data["mult"],
+    }
+
+
+@pytest.fixture(scope="session")
+def to_flat():
+    return flatten

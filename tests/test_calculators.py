@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ase")
+from ase import Atoms
+from ase.build import molecule
+from ase.optimize import BFGS
+
+from aimnet2mult.calculators import AIMNet2Calculator, MultiFidelityCalculator, check_parity
+from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.tools.compile_jit import compile_model
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, fixtures_dir, sae_file):
+    folder = tmp_path_factory.mktemp("models")
+    for f in range(3):
+        compile_model(
+            fixtures_dir / "ref_mixed.pt",
+            folder / "model",
+            model=fixtures_dir / "ref_mixed_model.yaml",
+            fidelity_level=f,
+            sae=sae_file,
+        )
+    return folder
+
+
+def test_same_numbers_as_the_model(compiled):
+    atoms = molecule("CH3Cl")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    out = load_jit_model(compiled)(
+        {"coord": torch.tensor(atoms.positions[None]), "numbers": torch.tensor(atoms.numbers[None])}
+    )
+    assert atoms.get_potential_energy() == out["energy"].item()
+    assert atoms.get_potential_energy(force_consistent=True) == out["energy"].item()
+    np.testing.assert_array_equal(atoms.get_forces(), out["forces"][0].double())
+    np.testing.assert_array_equal(atoms.get_charges(), out["charges"][0].double())
+    relative = atoms.positions - atoms.get_center_of_mass()
+    np.testing.assert_allclose(atoms.get_dipole_moment(), atoms.get_charges() @ relative)
+
+
+def test_forces_are_those_of_the_energy(compiled):
+    from ase.calculators.fd import calculate_numerical_forces
+
+    model = load_jit_model(compiled)
+    model.module.double()
+    atoms = molecule("CH3Cl")
+    atoms.calc = AIMNet2Calculator(model, device="cpu")
+    numerical = calculate_numerical_forces(atoms, eps=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), numerical, atol=1e-5)
+
+
+def test_charge_and_spin_from_info_are_noticed_and_arguments_win(compiled):
+    atoms = molecule("CH3")
+    atoms.info["spin"] = 2
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    radical = atoms.get_potential_energy()
+    atoms.info.update(charge=1, spin=1)
+    cation = atoms.get_potential_energy()
+    assert cation != radical
+    assert atoms.get_charges().sum() == pytest.approx(1.0, abs=1e-3)
+    atoms.calc = AIMNet2Calculator(compiled, charge=0, mult=2, device="cpu")
+    assert atoms.get_potential_energy() == pytest.approx(radical, abs=1e-9)
+    np.testing.assert_allclose(atoms.calc.get_spin_charges().sum(), 1.0, atol=1e-3)
+
+
+def test_impossible_multiplicity(compiled):
+    atoms = molecule("CH3")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    with pytest.raises(ValueError, match=r"9 electrons \(charge 0\) cannot have the multiplicity 1"):
+        atoms.get_potential_energy()
+    with pytest.raises(ValueError, match="needs 4 unpaired electrons, the molecule has 2"):
+        check_parity(np.array([1, 1]), 0, 5)
+    with pytest.raises(ValueError, match="at least 1"):
+        check_parity(np.array([1, 1]), 0, 0)
+    with pytest.raises(ValueError, match="whole number"):
+        AIMNet2Calculator(compiled, charge=0.5)
+
+
+def test_unknown_element_and_periodicity(compiled):
+    atoms = Atoms("BrH", positions=[[0, 0, 0], [1.4, 0, 0]], calculator=AIMNet2Calculator(compiled, device="cpu"))
+    with pytest.raises(ValueError, match=r"Br \(35\) is not among the elements"):
+        atoms.get_potential_energy()
+    slab = Atoms("H2", positions=[[0, 0, 0], [0.7, 0, 0]], cell=[9, 9, 9], pbc=[True, True, False])
+    slab.calc = AIMNet2Calculator(compiled, device="cpu")
+    with pytest.raises(ValueError, match="periodic in some directions only"):
+        slab.get_potential_energy()
+
+
+def test_optimisation_goes_downhill(compiled):
+    atoms = molecule("H2O")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    start = atoms.get_potential_energy()
+    BFGS(atoms, logfile=None).run(fmax=1e-4, steps=10)
+    assert atoms.get_potential_energy() < start
+
+
+def test_results_can_be_written_by_ase(compiled, tmp_path):
+    from ase.io import read, write
+
+    atoms = molecule("H2O")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    energy = atoms.get_potential_energy()
+    write(tmp_path / "a.extxyz", atoms)
+    assert read(tmp_path / "a.extxyz").get_potential_energy() == pytest.approx(energy)
+
+
+def test_hessian(compiled):
+    atoms = molecule("H2O")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    hessian = atoms.calc.get_hessian(atoms)
+    assert hessian.shape == (9, 9)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+
+
+def test_fidelities_of_a_folder(model_dir):
+    calc = MultiFidelityCalculator(model_dir, device="cpu")
+    atoms = molecule("H2O")
+    atoms.calc = calc
+    energies = calc.energies(atoms)
+    assert sorted(energies) == [0, 1, 2]
+    assert len(set(energies.values())) == 3
+    assert atoms.get_potential_energy() == energies[0]
+    calc.set_fidelity(2)
+    assert atoms.get_potential_energy() == energies[2]
+    with pytest.raises(ValueError, match="fidelity 3: known: 0, 1, 2"):
+        calc.set_fidelity(3)
+
+
+def test_folders_without_models(tmp_path, model_dir):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        MultiFidelityCalculator(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="no compiled models"):
+        MultiFidelityCalculator(tmp_path)
