@@ -31,6 +31,7 @@ def element_names(numbers: list[int]) -> str:
     names = (f"{ELEMENT_SYMBOLS[z]} ({z})" if 0 < z <= MAX_ATOMIC_NUMBER else f"Z={z}" for z in numbers)
     return ", ".join(names)
 
+
 # fmt: off
 ATOMIC_MASSES: tuple[float, ...] = (
     0.0, 1.008, 4.0026, 6.94, 9.0122, 10.81, 12.011, 14.007, 15.999, 18.9984,

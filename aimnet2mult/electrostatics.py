@@ -95,6 +95,8 @@ class SRCoulomb(nn.Module):
         f(d): ``exp`` (`ops.exp_cutoff`) or ``cosine`` (`ops.cosine_cutoff`).
     """
 
+    rc: Tensor
+
     def __init__(
         self, rc: float = 4.6, key_in: str = "charges", key_out: str = "energy", envelope: str = "exp"
     ) -> None:
