@@ -5,6 +5,7 @@ data, model, optimiser and a first validation have turned out well.
 """
 
 import csv
+import gc
 import io
 import json
 import logging
@@ -57,7 +58,7 @@ from aimnet2mult.utils.units import EV_KCAL_MOL, EV_KJ_MOL
 
 logger = logging.getLogger(__name__)
 
-Loader = DataLoader[tuple[dict[str, Tensor], dict[str, Tensor]]]
+Loader = DataLoader[Any]
 
 
 @dataclass
@@ -115,52 +116,63 @@ def run_training(
         After the best model so far (or the model as it stood) was saved.
     """
     with process_group(config.device) as local_rank, log_buffer() as log:
-        save, folder = check_outputs(config, save)
-        device = pick_device(config.device, local_rank)
-        seed_everything(config.seed)
+        return _train(config, model_config, save, load, local_rank, log)
 
-        data = build_data(config)
-        model = build_network(config, model_config, data.train, load).to(device)
-        optimizer = build_optimizer(config.optimizer, model)
-        schedule = None if config.scheduler is None else Schedule(config.scheduler, config.optimizer, optimizer)
-        train_loader, val_loader = build_loaders(config, data, device)
-        loss_fn = build_loss(config, data.train)
 
-        step_model = distribute(Forces(model), device)
-        trainer = make_trainer(
-            step_model,
-            optimizer,
-            loss_fn,
-            device,
-            max_grad_norm=config.optimizer.grad_clip.max_norm,
-            non_blocking=device.type == "cuda",
-        )
-        metric: RegMultiMetric = resolve(config.metrics.class_)(**config.metrics.kwargs)
-        logger.info("errors are given as %s", error_units(metric))
-        evaluator = make_evaluator(
-            Forces(model), loss_fn, {"metrics": metric}, device, non_blocking=device.type == "cuda"
-        )
+def _train(
+    config: TrainConfig,
+    model_config: Mapping[str, Any],
+    save: str | Path,
+    load: str | Path | None,
+    local_rank: int,
+    log: MemoryHandler,
+) -> Result:
+    save, folder = check_outputs(config, save)
+    device = pick_device(config.device, local_rank)
+    seed_everything(config.seed)
 
-        run = Run(config, folder, model, model_config, data, optimizer, schedule)
-        attach_epochs(trainer, train_loader)
-        attach_training_log(trainer, run)
-        if val_loader is not None:
-            attach_validation(trainer, evaluator, val_loader, run)
-        else:
-            attach_epoch_records(trainer, run)
-        attach_schedule(trainer, run)
-        attach_progress_bar(trainer, run)
+    data = build_data(config)
+    model = build_network(config, model_config, data.train, load).to(device)
+    optimizer = build_optimizer(config.optimizer, model)
+    schedule = None if config.scheduler is None else Schedule(config.scheduler, config.optimizer, optimizer)
+    train_loader, val_loader = build_loaders(config, data, device)
+    loss_fn = build_loss(config, data.train)
 
-        first = validate(evaluator, val_loader) if val_loader is not None else {}
-        with run.started(log):
-            run.record(0, 0, first)
-            try:
-                trainer.run(train_loader, max_epochs=config.trainer.epochs)
-            except KeyboardInterrupt:
-                logger.warning("interrupted in epoch %d; what there is, is saved", trainer.state.epoch)
-                run.save_final(save, trainer)
-                raise
-            return run.save_final(save, trainer)
+    step_model = distribute(Forces(model), device)
+    trainer = make_trainer(
+        step_model,
+        optimizer,
+        loss_fn,
+        device,
+        max_grad_norm=config.optimizer.grad_clip.max_norm,
+        non_blocking=device.type == "cuda",
+    )
+    metric: RegMultiMetric = resolve(config.metrics.class_)(**config.metrics.kwargs)
+    logger.info("errors are given as %s", error_units(metric))
+    evaluator = make_evaluator(Forces(model), loss_fn, {"metrics": metric}, device, non_blocking=device.type == "cuda")
+
+    run = Run(config, folder, model, model_config, data, optimizer, schedule)
+    attach_epochs(trainer, train_loader)
+    attach_training_log(trainer, run)
+    if val_loader is not None:
+        attach_validation(trainer, evaluator, val_loader, run)
+    else:
+        attach_epoch_records(trainer, run)
+    attach_schedule(trainer, run)
+    attach_progress_bar(trainer, run)
+
+    first = validate(evaluator, val_loader) if val_loader is not None else {}
+    if schedule is not None:
+        schedule.check_metric(first)
+    with run.started(log):
+        run.record(0, 0, first)
+        try:
+            trainer.run(train_loader, max_epochs=config.trainer.epochs)
+        except KeyboardInterrupt:
+            logger.warning("interrupted in epoch %d; what there is, is saved", trainer.state.epoch)
+            run.save_final(save, trainer)
+            raise
+        return run.save_final(save, trainer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,20 +196,26 @@ def process_group(device: str) -> Iterator[int]:
     idist.initialize("nccl" if gpus else "gloo")
     try:
         yield idist.get_local_rank()
+        # A process that ends early takes the others with it, and what still holds the group at exit aborts.
+        idist.barrier()
     finally:
+        gc.collect()
         idist.finalize()
 
 
 @contextmanager
 def log_buffer() -> Iterator[MemoryHandler]:
-    """Collect what is logged before there is a file for it; whoever opens the file becomes the ``target``."""
+    """Collect what is logged before there is a file for it; the file, once open, becomes the ``target``."""
     package = logging.getLogger("aimnet2mult")
+    level = package.level
+    package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
     buffer = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     package.addHandler(buffer)
     try:
         yield buffer
     finally:
         package.removeHandler(buffer)
+        package.setLevel(level)
         buffer.close()
 
 
@@ -360,7 +378,7 @@ def build_network(
     count = dataset.num_fidelities
     model = build_model(dict(model_config), count, config.fidelity_offset, config.use_fidelity_readouts)
     n_weights = sum(weight.numel() for weight in model.parameters())
-    logger.info("model: %s, %d fidelities, %d weights", type(model).__name__, count, n_weights)
+    logger.info("model: %s, number of fidelities %d, number of weights %d", type(model).__name__, count, n_weights)
     if load is None:
         return model
     checkpoint = load_checkpoint(load)

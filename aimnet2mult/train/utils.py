@@ -213,12 +213,9 @@ class Schedule:
             The metric that the schedule watches is not among ``metrics``.
         """
         self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
+        self.check_metric(metrics or {})
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            if metrics is None or self.metric_name not in metrics:
-                known = ", ".join(metrics or {})
-                raise ConfigError(
-                    f"scheduler.kwargs.metric_name: {self.metric_name} is not a validation metric; known: {known}"
-                )
+            assert metrics is not None
             self.scheduler.step(metrics[self.metric_name])
         elif isinstance(self.scheduler, ParamScheduler):
             self.scheduler(None)
@@ -226,6 +223,14 @@ class Schedule:
             self.scheduler.step()
         self.peak = max(self.peak, self.rate)
         self._follow()
+
+    def check_metric(self, metrics: Mapping[str, float]) -> None:
+        """Raise ConfigError if the schedule watches a metric that is not among ``metrics``."""
+        if isinstance(self.scheduler, ReduceLROnPlateau) and self.metric_name not in metrics:
+            raise ConfigError(
+                f"scheduler.kwargs.metric_name: {self.metric_name} is not a validation metric; known: "
+                f"{', '.join(metrics)}"
+            )
 
     def _follow(self) -> None:
         """Carry what the schedule changed over to the optimiser's groups, in proportion to their own values."""
@@ -389,7 +394,6 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     handler.addFilter(lambda record: rank == 0)
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
-    package.propagate = False
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # repeats the message of every exception it passes on
 
 

@@ -324,7 +324,7 @@ def test_devices(monkeypatch):
 
 def test_only_rank_zero_speaks(capsys):
     logger = logging.getLogger("aimnet2mult")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    before = (logger.handlers[:], logger.level)
     try:
         for rank in (0, 1):
             utils.setup_logging(verbose=False, rank=rank)
@@ -335,4 +335,4 @@ def test_only_rank_zero_speaks(capsys):
         assert "from rank 1" not in error
         assert "detail" not in error
     finally:
-        logger.handlers[:], logger.level, logger.propagate = before
+        logger.handlers[:], logger.level = before

@@ -1,0 +1,462 @@
+"""Training runs on the small three-fidelity dataset, from the settings to the saved model."""
+
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aimnet2mult.data.collate import collate
+from aimnet2mult.data.loaders import split_indices
+from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sae import load_sae
+from aimnet2mult.models.aimnet2 import AIMNet2
+from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config, load_weights
+from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
+from aimnet2mult.modules import Forces
+from aimnet2mult.train import runner
+from aimnet2mult.train.calc_sae import calc_sae
+from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.runner import csv_text, error_units, metrics_table, run_training
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MODEL = FIXTURES / "ref_mixed_model.yaml"
+KCAL = 23.060548
+EPOCHS = 20
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    """SAE file of each fidelity."""
+    folder = tmp_path_factory.mktemp("sae")
+    for f in range(3):
+        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"sae{f}.yaml")
+    return [folder / f"sae{f}.yaml" for f in range(3)]
+
+
+def settings(sae, folder, *overrides, fidelities=3):
+    common = [f"data.fidelity_datasets.{f}={FIXTURES / f'tiny_fid{f}.h5'}" for f in range(fidelities)]
+    common += [f"data.sae.energy.files.{f}={sae[f]}" for f in range(fidelities)]
+    common += [
+        "data.samplers.train.kwargs.batch_size=512",
+        "optimizer.kwargs.lr=5e-3",
+        "trainer.epochs=2",
+        "device=cpu",
+    ]
+    return load_config(None, [*common, f"checkpoint.dirname={folder / 'run'}", "run_name=r", *overrides])
+
+
+def train(sae, folder, *overrides, fidelities=3, load=None):
+    config = settings(sae, folder, *overrides, fidelities=fidelities)
+    return run_training(config, load_model_config(MODEL), folder / "model.pt", load)
+
+
+def restored(path):
+    """The model of a checkpoint, from what the checkpoint says alone."""
+    content = load_checkpoint(path)
+    model = build_model(
+        content["model_config"], content["num_fidelities"], content["fidelity_offset"], content["use_fidelity_readouts"]
+    )
+    load_weights(model, content["model"])
+    return content, model.eval()
+
+
+@pytest.fixture(scope="module")
+def mixed(sae, tmp_path_factory):
+    """A run on three fidelities, of some two hundred steps."""
+    more = [f"trainer.epochs={EPOCHS}", "data.samplers.train.kwargs.batch_size=256", "optimizer.class=torch.optim.Adam"]
+    return train(sae, tmp_path_factory.mktemp("mixed"), *more, "log_frequency.train=3")
+
+
+@pytest.fixture(scope="module")
+def single(sae, tmp_path_factory):
+    """A run on one dataset."""
+    return train(sae, tmp_path_factory.mktemp("single"), fidelities=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run gives
+# --------------------------------------------------------------------------------------------------
+
+
+def test_errors_fall_for_every_fidelity(mixed):
+    first, last = mixed.records[0], mixed.records[-1]
+    for f in range(3):
+        key = f"val/fid{f}/E_rmse"
+        assert last[key] < 0.85 * first[key], key
+    assert last["val/loss"] < 0.85 * first["val/loss"]
+    assert last["train/loss"] < mixed.records[1]["train/loss"]
+
+
+def test_labels_that_a_fidelity_lacks_are_not_reported(mixed):
+    names = set(mixed.records[0])
+    assert "val/fid0/s_mae" in names
+    assert not {"val/fid1/s_mae", "val/fid2/s_mae", "val/fid2/F_rmse", "val/fid2/q_mae"} & names
+
+
+def test_saved_model_is_the_best_one_and_its_errors_are_those_of_a_few_lines_of_numpy(mixed, sae):
+    best = min(mixed.records[1:], key=lambda record: record["val/loss"])
+    content, model = restored(mixed.path)
+    assert isinstance(model, MixedFidelityAIMNet2)
+    assert mixed.iteration == best["iteration"] == content["progress"]["iteration"]
+
+    dataset = MixedFidelityDataset(
+        {f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)}, dict(enumerate(map(load_sae, sae)))
+    )
+    _, held_out = split_indices(dataset, 0.1, seed=0)
+    x, y = collate(dataset.__getitems__(held_out.tolist()))
+    predicted = Forces(model).eval()(x)
+    error = (predicted["energy"] - y["energy"]).detach().numpy() * KCAL
+    for f in range(3):
+        mine = error[dataset.fidelities[held_out] == f]
+        assert np.abs(mine).mean() == pytest.approx(best[f"val/fid{f}/E_mae"], rel=1e-4)
+        assert np.sqrt((mine**2).mean()) == pytest.approx(best[f"val/fid{f}/E_rmse"], rel=1e-4)
+    has_forces = (y["forces_mask"][:, None] & (x["numbers"] > 0)).numpy()
+    error = ((predicted["forces"] - y["forces"]).detach().numpy() * KCAL)[has_forces]
+    assert np.abs(error).mean() == pytest.approx(best["val/F_mae"], rel=1e-4)
+
+
+def test_checkpoint_says_what_it_was_trained_on(mixed, sae):
+    content, _ = restored(mixed.path)
+    assert content["num_fidelities"] == 3
+    assert content["fidelity_names"] == {f: f"tiny_fid{f}" for f in range(3)}
+    assert content["sae"] == {f: load_sae(sae[f]) for f in range(3)}
+    assert content["species"][0] == [1, 6, 7, 8, 9, 14, 15, 16, 17, 35]
+    assert content["train_config"]["optimizer"]["kwargs"]["lr"] == 5e-3
+
+
+def test_folder_of_a_run(mixed):
+    names = sorted(path.name for path in mixed.folder.iterdir())
+    checkpoints = [name for name in names if name.endswith(".pt")]
+    assert [name for name in names if name not in checkpoints] == [
+        "metrics.csv",
+        "metrics.jsonl",
+        "train.log",
+        "train.yaml",
+    ]
+    losses = sorted(record["val/loss"] for record in mixed.records[1:])[:3]
+    assert sorted(float(name.removesuffix(".pt").split("_")[-1]) for name in checkpoints) == pytest.approx(
+        losses, abs=1e-6
+    )
+    assert load_config(mixed.folder / "train.yaml").optimizer.kwargs["lr"] == 5e-3
+
+
+def test_histories_agree_and_log_tells_the_whole_run(mixed):
+    lines = [json.loads(line) for line in (mixed.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == mixed.records
+    assert [line["epoch"] for line in lines] == list(range(EPOCHS + 1))
+    with open(mixed.folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val/loss"]) for row in rows] == [line["val/loss"] for line in lines]
+    assert rows[0]["train/loss"] == ""
+    log = (mixed.folder / "train.log").read_text()
+    for sentence in (
+        "fidelity 2: 200 molecules",
+        "training batches",
+        "E in kcal/mol",
+        "iteration 3: training loss",
+        "model of epoch",
+    ):
+        assert sentence in log
+
+
+def test_every_epoch_has_as_many_iterations_as_it_has_batches(mixed, sae, tmp_path):
+    config = settings(sae, tmp_path, "data.samplers.train.kwargs.batch_size=256")
+    data = runner.build_data(config)
+    loader, _ = runner.build_loaders(config, data, torch.device("cpu"))
+    ends = [0]
+    for epoch in range(1, EPOCHS + 1):
+        loader.batch_sampler.set_epoch(epoch)
+        ends.append(ends[-1] + len(loader))
+    assert [record["iteration"] for record in mixed.records] == ends
+
+
+def test_one_dataset_trains_a_plain_model(single):
+    content, model = restored(single.path)
+    assert type(model) is AIMNet2
+    assert content["num_fidelities"] == 1
+    assert "afv.weight" in content["model"]
+    assert not any(key.startswith("fidelity_readouts") for key in content["model"])
+    assert set(content["sae"]) == {0}
+
+
+def test_runs_repeat_bit_by_bit(single, sae, tmp_path):
+    again = train(sae, tmp_path, fidelities=1)
+    first, second = load_checkpoint(single.path)["model"], load_checkpoint(again.path)["model"]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    other = load_checkpoint(train(sae, tmp_path, "seed=1", fidelities=1).path)["model"]
+    assert not torch.equal(first["afv.weight"], other["afv.weight"])
+
+
+def test_load_starts_a_mixed_model_where_a_single_one_stood(single, sae, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="aimnet2mult"):
+        result = train(sae, tmp_path, "trainer.epochs=1", load=single.path)
+    best = min(record["val/E_rmse"] for record in single.records[1:] if record["iteration"] == single.iteration)
+    assert result.records[0]["val/fid0/E_rmse"] == pytest.approx(best, rel=1e-5)
+    assert "fidelity 1 is new: its embedding and readouts start from fidelity 0" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------
+# settings that change the course of a run
+# --------------------------------------------------------------------------------------------------
+
+
+def test_validation_file_of_one_fidelity_and_split_of_the_others(sae, tmp_path):
+    config = settings(sae, tmp_path, f"data.val_fidelity_datasets.1={FIXTURES / 'tiny_fid1.h5'}")
+    data = runner.build_data(config)
+    counts = [
+        np.bincount(d.fidelities[i]).tolist()
+        for d, i in ((data.train, data.train_indices), (data.val, data.val_indices))
+    ]
+    assert counts == [[144, 200, 180], [16, 200, 20]]
+    without = runner.build_data(settings(sae, tmp_path))
+    chosen = without.val_indices[without.train.fidelities[without.val_indices] == 2]
+    mine = data.val_indices[data.val.fidelities[data.val_indices] == 2]
+    for a, b in zip(without.val.__getitems__(chosen.tolist()), data.val.__getitems__(mine.tolist()), strict=True):
+        np.testing.assert_array_equal(a["coord"], b["coord"])
+
+
+def test_validation_molecules_are_not_trained_on_unless_asked(sae, tmp_path, caplog):
+    data = runner.build_data(settings(sae, tmp_path))
+    assert len(np.intersect1d(data.train_indices, data.val_indices)) == 0
+    assert len(data.train_indices) + len(data.val_indices) == len(data.train)
+    shared = runner.build_data(settings(sae, tmp_path, "data.separate_val=false"))
+    assert len(shared.train_indices) == len(shared.train)
+    np.testing.assert_array_equal(shared.val_indices, data.val_indices)
+    assert "validation molecules are trained on" in caplog.text
+
+
+def test_without_validation_the_last_model_is_saved(sae, tmp_path):
+    off = ["data.val_fraction=0", "scheduler=null", "checkpoint.save_best=false", "checkpoint.kwargs.n_saved=1"]
+    result = train(sae, tmp_path, *off, fidelities=1)
+    assert result.epoch == 2
+    assert [record["epoch"] for record in result.records] == [0, 1, 2]
+    assert result.records[-1]["train/loss"] > 0
+    (last,) = result.folder.glob("*.pt")
+    a, b = load_checkpoint(last)["model"], load_checkpoint(result.path)["model"]
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_validation_between_epochs(sae, tmp_path):
+    result = train(sae, tmp_path, "log_frequency.val=2", "trainer.epochs=1", fidelities=1)
+    iterations = [record["iteration"] for record in result.records]
+    assert iterations == sorted(set(iterations))
+    assert {0, 2} < set(iterations)
+    assert all("val/loss" in record for record in result.records)
+
+
+def test_plateau_lowers_the_rate_of_every_group_and_a_low_rate_ends_the_training(sae, tmp_path):
+    result = train(
+        sae,
+        tmp_path,
+        "scheduler.kwargs={patience: 0, factor: 0.1, threshold: 1000, threshold_mode: abs}",
+        "scheduler.terminate_on_low_lr=1e-4",
+        "trainer.epochs=9",
+        "optimizer.param_groups.shifts={re: atomic_shift, lr: 5e-4}",
+        fidelities=1,
+    )
+    assert [record["lr/default"] for record in result.records] == pytest.approx([5e-3, 5e-3, 5e-3, 5e-4])
+    for record in result.records:
+        assert record["lr/shifts"] == pytest.approx(record["lr/default"] / 10)
+
+
+def test_an_unknown_metric_of_the_plateau_is_named(sae, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"scheduler\.kwargs\.metric_name: E_mse is not a validation metric; known: .*E_rmse"
+    ):
+        train(sae, tmp_path, "scheduler.kwargs.metric_name=E_mse", fidelities=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fixed_weights_stay_and_energies_alone_can_be_trained_on(single, sae, tmp_path):
+    result = train(
+        sae,
+        tmp_path,
+        "data.y=[energy]",
+        *(f"loss.kwargs.components.{name}=null" for name in ("forces", "charges", "spin_charges")),
+        "optimizer.force_no_train=[afv, conv, mlps]",
+        fidelities=1,
+        load=single.path,
+    )
+    before, after = load_checkpoint(single.path)["model"], load_checkpoint(result.path)["model"]
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"outputs"}
+    assert "val/F_mae" not in result.records[-1]
+
+
+def test_interrupted_run_saves_what_there_is(sae, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(evaluator, loader):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(evaluator, loader)
+
+    validate = runner.validate
+    monkeypatch.setattr(runner, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(sae, tmp_path, fidelities=1)
+    assert load_checkpoint(tmp_path / "model.pt")["progress"]["epoch"] == 1
+    assert "interrupted in epoch 2" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.filterwarnings("default")  # wandb starts threads and files of its own
+def test_wandb_online_without_a_login_logs_offline(sae, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    result = train(
+        sae, tmp_path, "wandb.init.mode=online", "wandb.watch_model.log=all", "trainer.epochs=1", fidelities=1
+    )
+    assert list(result.folder.glob("wandb/offline-run-*/*.wandb"))
+    assert "the run is logged offline" in (result.folder / "train.log").read_text()
+    assert result.path.is_file()
+
+
+# --------------------------------------------------------------------------------------------------
+# refusals that need more than the settings
+# --------------------------------------------------------------------------------------------------
+
+
+def test_folder_that_must_be_empty(sae, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "r_epoch_0001.pt").touch()
+    with pytest.raises(ValueError, match=r"checkpoint\.kwargs\.require_empty: .* already holds checkpoints r_\*\.pt"):
+        train(sae, tmp_path, "checkpoint.kwargs.require_empty=true")
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_folder_that_cannot_be_made(sae, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="not a folder"):
+        train(sae, tmp_path, f"checkpoint.dirname={tmp_path / place}")
+
+
+def test_weights_of_another_architecture(sae, tmp_path):
+    config = settings(sae, tmp_path, fidelities=1)
+    with pytest.raises(ValueError, match=r"ref_single\.pt: the checkpoint is of another architecture"):
+        run_training(config, load_model_config(), tmp_path / "model.pt", FIXTURES / "ref_single.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# several processes
+# --------------------------------------------------------------------------------------------------
+
+STEPS = """
+import sys, os, torch, ignite.distributed as idist
+from aimnet2mult.data.collate import collate
+from aimnet2mult.models.base import build_model, load_model_config
+from aimnet2mult.modules import Forces
+from aimnet2mult.train import runner
+from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.engine import make_evaluator, make_trainer
+from aimnet2mult.train.loss import MTLoss
+from aimnet2mult.train.metrics import RegMultiMetric
+
+model_yaml, out, *overrides = sys.argv[1:]
+config = load_config(None, overrides)
+
+
+def main():
+    rank, size = idist.get_rank(), idist.get_world_size()
+    data = runner.build_data(config).train
+    # Ten molecules a step; with two processes the first has those of fidelity 0 and some of 1, the second the rest:
+    # numbers of labels, and the heads in use, differ between them.
+    first = [(4 * k, 200 + 3 * k, 400 + 3 * k) for k in range(5)]
+    steps = [[*range(a, a + 4), *range(b, b + 3), *range(c, c + 3)] for a, b, c in first]
+    mine = [ids if size == 1 else (ids[:6] if rank == 0 else ids[6:]) for ids in steps]
+    batches = [collate(data.__getitems__(ids)) for ids in mine]
+    torch.manual_seed(0)
+    model = build_model(load_model_config(model_yaml), 3).double()
+    double = lambda part: {k: v.double() if v.is_floating_point() else v for k, v in part.items()}
+    batches = [(double(x), double(y)) for x, y in batches]
+    loss_fn = MTLoss(**config.loss.kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = make_trainer(runner.distribute(Forces(model), torch.device("cpu")), optimizer, loss_fn, "cpu")
+    trainer.run(batches, max_epochs=1)
+    evaluator = make_evaluator(Forces(model), loss_fn, {"m": RegMultiMetric(**config.metrics.kwargs)}, "cpu")
+    metrics = runner.validate(evaluator, batches)
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "metrics": metrics}, out)
+
+
+with runner.process_group("cpu"):
+    main()
+"""
+
+
+def launch(processes, *arguments):
+    """Run a Python script or module, under torchrun if there are several processes."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(runner.__file__).parents[2])}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_two_processes_take_the_steps_of_one(sae, tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    common = [f"data.fidelity_datasets.{f}={FIXTURES / f'tiny_fid{f}.h5'}" for f in range(3)]
+    common += [f"data.sae.energy.files.{f}={sae[f]}" for f in range(3)]
+    results = []
+    for processes in (1, 2):
+        done = launch(processes, str(script), str(MODEL), str(tmp_path / f"{processes}.pt"), *common)
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / f"{processes}.pt"))
+    one, two = results
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-9, atol=1e-11, msg=key)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9)
+
+
+def test_torchrun_trains_and_only_one_process_writes(sae, tmp_path):
+    overrides = [f"data.fidelity_datasets.{f}={FIXTURES / f'tiny_fid{f}.h5'}" for f in range(3)]
+    overrides += [f"data.sae.energy.files.{f}={sae[f]}" for f in range(3)]
+    overrides += [
+        "trainer.epochs=2",
+        f"checkpoint.dirname={tmp_path / 'run'}",
+        "data.samplers.val.kwargs.batch_size=64",
+    ]
+    done = launch(2, "-m", "aimnet2mult.train.cli", "--model", str(MODEL), "--save", str(tmp_path / "m.pt"), *overrides)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("epoch 2/2") == 1
+    assert done.stdout.count("model of epoch") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert load_checkpoint(tmp_path / "m.pt")["num_fidelities"] == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# text
+# --------------------------------------------------------------------------------------------------
+
+
+def test_table_of_metrics():
+    table = metrics_table(
+        {"loss": 1.0, "E_mae": 2.0, "fid0/E_mae": 1.5, "fid1/E_mae": 2.5, "F_mae": 3.0, "fid0/F_mae": 3.0}
+    )
+    assert [line.split() for line in table.splitlines()] == [
+        ["E_mae", "F_mae"],
+        ["all", "2", "3"],
+        ["fid0", "1.5", "3"],
+        ["fid1", "2.5", "-"],
+    ]
+
+
+def test_csv_has_a_column_for_every_key_of_any_record():
+    assert csv_text([{"a": 1}, {"a": 2, "b": 3}]).split() == ["a,b", "1,", "2,3"]
+
+
+def test_units_of_errors():
+    cfg = {"energy": {"abbr": "E", "scale": 1000.0}, "forces": {"abbr": "F", "scale": 2.0}, "charges": {"abbr": "q"}}
+    assert error_units(runner.RegMultiMetric(cfg)) == "E in meV, F in eV/Å times 2, q in e"

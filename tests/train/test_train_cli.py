@@ -1,0 +1,226 @@
+"""The training command: quick help, one message and exit status 2 for a user's mistake, nothing left behind."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from aimnet2mult.models.base import DEFAULT_MODEL, load_checkpoint
+from aimnet2mult.train import cli, runner
+from aimnet2mult.train.calc_sae import calc_sae
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MODEL = str(FIXTURES / "ref_mixed_model.yaml")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Datasets and SAE files of three fidelities, by name."""
+    folder = tmp_path_factory.mktemp("sources")
+    for f in range(3):
+        shutil.copy(FIXTURES / f"tiny_fid{f}.h5", folder / f"fid{f}.h5")
+        calc_sae(folder / f"fid{f}.h5", folder / f"sae{f}.yaml")
+    return folder
+
+
+@pytest.fixture
+def folder(sources, tmp_path, monkeypatch):
+    """Working folder with the files of ``sources``; the package's log is as before afterwards."""
+    for path in sources.iterdir():
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    package, ignite = logging.getLogger("aimnet2mult"), logging.getLogger("ignite")
+    before = package.handlers[:], package.level, ignite.level
+    yield tmp_path
+    package.handlers[:] = before[0]
+    package.setLevel(before[1])
+    ignite.setLevel(before[2])
+
+
+def data(count=3):
+    return [f"data.fidelity_datasets.{f}=fid{f}.h5" for f in range(count)] + [
+        f"data.sae.energy.files.{f}=sae{f}.yaml" for f in range(count)
+    ]
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.main, ["--save", "model.pt", *arguments])
+
+
+def edit(name, change):
+    """Apply ``change(file)`` to an HDF5 file."""
+    with h5py.File(name, "r+") as file:
+        change(file)
+
+
+def test_help_is_quick_and_lists_the_options():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "aimnet2mult.train.cli", "--help"], capture_output=True, text=True)
+    assert time.monotonic() - start < 1.0  # half a second, on a busy machine
+    assert done.returncode == 0
+    for word in ("--config", "--model", "--save", "--load", "--verbose", "KEY=VALUE"):
+        assert word in done.stdout
+
+
+def test_help_needs_neither_torch_nor_ignite():
+    code = "import sys, aimnet2mult.train.cli; print([m for m in ('torch', 'ignite', 'omegaconf') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_run_from_a_file_and_overrides(folder):
+    (folder / "train.yaml").write_text(
+        "run_name: first\n"
+        "data:\n"
+        "  fidelity_datasets: {0: fid0.h5, 1: fid1.h5, 2: fid2.h5}\n"
+        "  sae: {energy: {files: {0: sae0.yaml, 1: sae1.yaml, 2: sae2.yaml}}}\n"
+        "trainer: {epochs: 5}\n"
+    )
+    result = call("--config", "train.yaml", "--model", MODEL, "trainer.epochs=1")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint("model.pt")["num_fidelities"] == 3
+    assert str(folder / "model.pt") in result.output.splitlines()[-1]
+    assert (folder / "runs" / "first" / "metrics.csv").is_file()
+    again = call(
+        "--config", "train.yaml", "--model", MODEL, "--load", "model.pt", "trainer.epochs=1", "run_name=second"
+    )
+    assert again.exit_code == 0, again.output
+    assert "loaded weights of fidelities 0, 1, 2" in (folder / "runs" / "second" / "train.log").read_text()
+
+
+def disagreeing_lengths(folder):
+    def change(file):
+        group = file["003"]
+        energy = group["energy"][:-1]
+        del group["energy"]
+        group["energy"] = energy
+
+    edit("fid1.h5", change)
+    return []
+
+
+def missing_energy(folder):
+    edit("fid1.h5", lambda file: file["003"].pop("energy"))
+    return []
+
+
+def element_not_in_sae(folder):
+    lines = (folder / "sae1.yaml").read_text().splitlines()
+    (folder / "sae1.yaml").write_text("\n".join(line for line in lines if not line.startswith("35:")) + "\n")
+    return []
+
+
+def energy_is_nan(folder):
+    def change(file):
+        file["003"]["energy"][1] = np.nan
+
+    edit("fid0.h5", change)
+    return []
+
+
+def not_hdf5(folder):
+    Path("fid1.h5").write_text("molecules")
+    return []
+
+
+def sae_is_a_list(folder):
+    Path("sae1.yaml").write_text("- 1\n")
+    return []
+
+
+MISTAKES = {
+    "missing dataset": (
+        ["data.fidelity_datasets.1=none.h5"],
+        "data.fidelity_datasets.1: {folder}/none.h5: no such file",
+    ),
+    "not HDF5": (not_hdf5, "{folder}/fid1.h5: not an HDF5 file"),
+    "lengths disagree": (disagreeing_lengths, "{folder}/fid1.h5: group 003: "),
+    "missing energy": (missing_energy, "{folder}/fid1.h5: group 003: "),
+    "NaN energy": (energy_is_nan, "{folder}/fid0.h5: group 003: row 1: energy is nan"),
+    "element absent from SAE": (element_not_in_sae, "Br (35)"),
+    "SAE is not a mapping": (sae_is_a_list, "sae1.yaml: "),
+    "missing SAE file": (
+        ["data.sae.energy.files.1=none.yaml"],
+        "data.sae.energy.files.1: {folder}/none.yaml: no such file",
+    ),
+    "gap in fidelities": (["data.fidelity_datasets.4=fid0.h5"], "data.fidelity_datasets: fidelities must be 0..3"),
+    "weight without data": (["data.fidelity_weights.3=1"], "data.fidelity_weights: fidelity 3 has no dataset"),
+    "negative weight": (["data.fidelity_weights.1=-1"], "data.fidelity_weights.1: expected a weight of 0 or more"),
+    "misspelt key": (
+        ["data.val_fractoin=0.1"],
+        "data.val_fractoin: unknown key (command line); did you mean val_fraction",
+    ),
+    "wrong type": (["trainer.epochs=many"], "trainer.epochs: expected an integer, found 'many'"),
+    "class": (["optimizer.class=torch.optim.RAdan"], "optimizer.class: torch.optim.RAdan: torch.optim has no RAdan"),
+    "pattern": (["optimizer.force_no_train=[nothing]"], "optimizer.force_no_train: 'nothing' matches none of the"),
+    "settings file": (["--config", "none.yaml"], "none.yaml: no such file"),
+    "model file": (["--model", "none.yaml"], "none.yaml: no such file"),
+    "checkpoint file": (["--load", "none.pt"], "none.pt: no such file"),
+    "another architecture": (
+        ["--model", str(DEFAULT_MODEL), "--load", str(FIXTURES / "ref_mixed.pt")],
+        "of another architecture",
+    ),
+    "output folder": (["--save", "none/model.pt"], "{folder}/none/model.pt: cannot be written"),
+    "output is a folder": (["--save", "."], "is a folder"),
+    "run folder": (["checkpoint.dirname=fid0.h5"], "not a folder"),
+    "metric of the plateau": (["scheduler.kwargs.metric_name=E_mse"], "scheduler.kwargs.metric_name: E_mse is not a"),
+    "GPU": (["device=cuda:99"], "device: cuda:99 asks for GPU 99"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_status_2_and_leave_nothing(folder, name):
+    mistake, message = MISTAKES[name]
+    arguments = mistake(folder) if callable(mistake) else mistake
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    result = call(*([] if "--model" in arguments else ["--model", MODEL]), *data(), *arguments)
+    assert result.exit_code == 2, result.output
+    _, found, error = result.output.partition("Error: ")
+    assert found
+    assert message.format(folder=folder) in error
+    assert "Traceback" not in result.output
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_save_is_required():
+    result = CliRunner().invoke(cli.main, [])
+    assert result.exit_code == 2
+    assert "--save" in result.output
+
+
+def test_interruption_saves_and_ends_with_status_130(folder, monkeypatch):
+    validate, calls = runner.validate, []
+
+    def interrupted(evaluator, loader):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(evaluator, loader)
+
+    monkeypatch.setattr(runner, "validate", interrupted)
+    result = call("--model", MODEL, *data(1))
+    assert result.exit_code == 130
+    assert load_checkpoint("model.pt")["progress"]["epoch"] == 1
+
+
+def test_a_missing_package_is_named_with_the_remedy(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aimnet2mult.train.runner", None)
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "aimnet2mult.train.runner":
+                raise ModuleNotFoundError("No module named 'ignite'", name="ignite")
+
+    monkeypatch.delitem(sys.modules, "aimnet2mult.train.runner")
+    monkeypatch.delattr(sys.modules["aimnet2mult.train"], "runner")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    result = call("--model", MODEL, *data(1))
+    assert result.exit_code == 2
+    assert 'needs the package ignite, which is not installed: pip install "aimnet2mult[train]"' in result.output
