@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -122,8 +123,7 @@ class SamplerReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Epoch:
+class _Epoch(NamedTuple):
     """Molecules in the order of batches, and where batches begin; the last boundary is the number of draws."""
 
     molecules: np.ndarray  # (n,) indices of molecules
@@ -196,7 +196,8 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         max_padding: float = MAX_PADDING,
     ) -> None:
         _check_options(batch_size, batch_mode, batches_per_epoch, sampling_strategy, max_padding)
-        _check_weights(fidelity_weights or {}, np.unique(fidelities).tolist())
+        if shuffle:
+            _check_weights(fidelity_weights or {}, np.unique(fidelities).tolist())
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} processes; expected 0 to {world_size - 1}")
         self._n_atoms = np.asarray(n_atoms, np.int32)
@@ -314,7 +315,8 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         sizes = {f: self._n_atoms[members] for f, members in self._members.items()}
         mean = sum(share * float(sizes[f].mean()) for f, share in self._shares.items())
         variance = sum(share * float(((sizes[f] - mean) ** 2).mean()) for f, share in self._shares.items())
-        upper = max(n_batches, int(n_batches * self.batch_size / mean))
+        padding = 0.5 * JITTER_PER_PADDING * self.max_padding  # what mixing of sizes takes
+        upper = max(n_batches, int((1.0 - padding) * n_batches * self.batch_size / mean))
         found = len(self._cut_draws(0, apportion(upper, self._shares), n_batches).molecules)
         room = SPARE + SPARE_SIGMAS * math.sqrt(variance / found) / mean
         return apportion(max(n_batches, int((1.0 - room) * found)), self._shares)
@@ -346,12 +348,12 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         """Every molecule once, by size, then by index."""
         molecules = np.sort(np.concatenate(list(self._members.values())))
         molecules = molecules[np.argsort(self._n_atoms[molecules], kind="stable")]
-        bounds = self._cut(self._n_atoms[molecules], None)
-        assert bounds is not None
-        dealt = np.arange(len(bounds) - 1)
-        if self._fixed is not None and self._fixed < len(dealt):
-            dealt = dealt[np.linspace(0, len(dealt) - 1, self._fixed).round().astype(np.int64)]
-        return _Epoch(molecules, bounds, dealt)
+        packed = self._packed(molecules, None, widths=(0.0,))
+        assert packed is not None
+        if self._fixed is None or self._fixed >= len(packed.dealt):
+            return packed
+        spaced = np.linspace(0, len(packed.dealt) - 1, self._fixed).round().astype(np.int64)
+        return packed._replace(dealt=spaced)
 
     def _shuffled_epoch(self) -> _Epoch:
         """Draws of the current epoch in `_n_batches` batches."""
@@ -372,40 +374,47 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         used = dict(draws)
         while True:
             pieces = [self._sequence(f, epoch * draws[f], n) for f, n in used.items()]
-            molecules = self._arranged(np.concatenate(pieces), self._generator(SHUFFLE, epoch))
-            bounds = self._cut(self._n_atoms[molecules], n_batches)
-            if bounds is not None:
-                return _Epoch(molecules, bounds, np.arange(len(bounds) - 1))
+            molecules = np.concatenate(pieces)
+            molecules = molecules[self._generator(SHUFFLE, epoch).permutation(len(molecules))]
+            # Largest first: what is left over at the end is a batch of small molecules, which costs least.
+            molecules = molecules[np.argsort(-self._n_atoms[molecules], kind="stable")]
+            packed = self._packed(molecules, n_batches, widths=(JITTER_PER_PADDING * self.max_padding, 0.0))
+            if packed is not None:
+                return packed
             assert n_batches is not None
             used = apportion(max(n_batches, int(SHRINK * len(molecules))), self._shares)
 
-    def _cut(self, sizes: np.ndarray, n_batches: int | None) -> np.ndarray | None:
-        """Boundaries of batches with little enough padding, or with least, if their number is limited.
+    def _packed(self, molecules: np.ndarray, n_batches: int | None, widths: Sequence[float]) -> _Epoch | None:
+        """Cut molecules, sorted by size, into batches whose padding is within the bound, as loosely as possible.
 
-        None if even batches of any padding are more than ``n_batches``.
+        ``widths`` are those of the random interval to be tried. If ``n_batches`` leaves no way to keep to the bound,
+        the way of least padding is taken; None if no way needs so few batches.
         """
-        best = None
-        for bound in (*(b for b in BATCH_PADDING if b > self.max_padding), self.max_padding):
+        best, least = None, np.inf
+        n_real = self._n_atoms[molecules].sum(dtype=np.int64)
+        for bound, width in itertools.product((*BATCH_PADDING, self.max_padding), widths):
+            if bound < self.max_padding:
+                continue
+            tried = self._scattered(molecules, width)
+            sizes = self._n_atoms[tried]
             bounds = cut_batches(sizes, self.batch_size, self.by_atoms, bound)
-            if n_batches is not None and len(bounds) - 1 > n_batches:
-                break
-            best = bounds
-            if 1.0 - sizes.sum(dtype=np.int64) / padded_atoms(sizes, bounds).sum() <= self.max_padding:
+            padding = 1.0 - n_real / padded_atoms(sizes, bounds).sum()
+            if padding < least and (n_batches is None or len(bounds) - 1 <= n_batches):
+                best, least = _Epoch(tried, bounds, np.arange(len(bounds) - 1)), padding
+            if least <= self.max_padding:
                 break
         return best
 
-    def _arranged(self, molecules: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draws in the order in which they are cut into batches.
+    def _scattered(self, molecules: np.ndarray, width: float) -> np.ndarray:
+        """Molecules, sorted by size, moved by random amounts up to ``width`` in ln(number of atoms), largest first.
 
-        What is random about the sizes is the same in all epochs: the molecules of an epoch are shuffled and sorted by
-        size, and it is their places in this list to which the random numbers belong. So epochs of the same sizes are
-        cut in the same way.
+        The random numbers belong to the places in the list and are the same for all epochs, so that epochs of the same
+        sizes are cut in the same way, whichever molecules they hold.
         """
-        molecules = molecules[rng.permutation(len(molecules))]
-        # Largest first: what is left over at the end is a batch of small molecules, which costs least.
-        molecules = molecules[np.argsort(-self._n_atoms[molecules], kind="stable")]
-        jitter = self._generator(JITTER).random(len(molecules), np.float32)
-        place = np.log(self._n_atoms[molecules], dtype=np.float32) + jitter * (JITTER_PER_PADDING * self.max_padding)
+        if width == 0.0:
+            return molecules
+        amounts = width * self._generator(JITTER).random(len(molecules), np.float32)
+        place = np.log(self._n_atoms[molecules], dtype=np.float32) + amounts
         return molecules[np.argsort(-place, kind="stable")]
 
     def _sequence(self, fidelity: int, first: int, count: int) -> np.ndarray:

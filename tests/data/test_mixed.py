@@ -1,0 +1,223 @@
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from aimnet2mult.data.collate import collate
+from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset, write_dataset
+from aimnet2mult.nbops import decode_fidelity
+
+TESTS = Path(__file__).parents[1]
+TINY = {f: TESTS / "fixtures" / f"tiny_fid{f}.h5" for f in range(3)}
+EXAMPLES = TESTS.parent / "examples" / "data"
+ELEMENTS = (1, 6, 7, 8, 9, 14, 15, 16, 17, 35)
+SAE = {f: {z: -(10.0 ** (3 - f)) * z**1.5 - 0.123456789 for z in ELEMENTS} for f in range(3)}
+
+
+def water(n_molecules=4, **more):
+    arrays = {
+        "coord": np.tile(
+            np.array([[0.0, 0.0, 0.1], [0.0, 0.8, -0.5], [0.0, -0.8, -0.5]], np.float32), (n_molecules, 1, 1)
+        ),
+        "numbers": np.tile(np.array([8, 1, 1], np.int32), (n_molecules, 1)),
+        "charge": np.zeros(n_molecules, np.float32),
+        "energy": np.full(n_molecules, -2000.0),
+    }
+    return {3: {**arrays, **more}}
+
+
+def write_water(path, **more):
+    write_dataset(path, water(**more))
+    return path
+
+
+def rows(dataset):
+    """Every molecule of a file, as stored."""
+    for _, _, arrays in dataset.chunks(sorted(dataset.keys)):
+        for i in range(len(arrays["energy"])):
+            yield {key: values[i] for key, values in arrays.items()}
+
+
+def test_every_molecule_with_its_fidelity_and_residual_energy():
+    dataset = MixedFidelityDataset(TINY, SAE)
+    stored = [(f, row) for f, path in TINY.items() for row in rows(SizeGroupedDataset(path))]
+    assert len(dataset) == len(stored) == 560
+    order = np.random.default_rng(0).permutation(len(dataset))
+    for index, sample in zip(order, dataset.__getitems__(order.tolist()), strict=True):
+        fidelity, row = stored[index]
+        assert sample["_fidelities"] == fidelity == dataset.fidelities[index]
+        assert len(row["numbers"]) == dataset.n_atoms[index]
+        np.testing.assert_array_equal(sample["numbers"], row["numbers"] + 200 * fidelity)
+        numbers, fidelities = decode_fidelity(sample["numbers"], 200)
+        np.testing.assert_array_equal(numbers, row["numbers"])
+        assert (fidelities == fidelity).all()
+        np.testing.assert_array_equal(sample["coord"], row["coord"])
+        assert sample["charge"] == row["charge"]
+        assert sample["mult"] == row["mult"]
+        for key in ("forces", "charges", "spin_charges"):
+            if key in row:
+                np.testing.assert_array_equal(sample[key], row[key])
+            else:
+                assert sample[key] is None
+        sae = np.array([SAE[fidelity][z] for z in row["numbers"]])
+        assert abs(sample["energy"] - (row["energy"] - sae.sum())) < 1e-10
+
+
+def test_residual_is_exact_on_heavy_molecules():
+    """A sum in float32 would be off by several meV at 10⁵ eV."""
+    path = EXAMPLES / "fid0_dft_train.h5"
+    dataset = MixedFidelityDataset({0: path}, {0: SAE[0]})
+    heavy = [i for i, row in enumerate(rows(SizeGroupedDataset(path))) if 35 in row["numbers"]]
+    stored = list(rows(SizeGroupedDataset(path)))
+    for i in heavy:
+        expected = stored[i]["energy"] - sum(SAE[0][int(z)] for z in stored[i]["numbers"])
+        assert abs(dataset[i]["energy"] - expected) <= 1e-10
+        assert abs(stored[i]["energy"]) > 5e4
+
+
+def test_one_dataset_keeps_plain_numbers_and_total_energies():
+    dataset = MixedFidelityDataset({0: TINY[1]})
+    row = next(rows(SizeGroupedDataset(TINY[1])))
+    np.testing.assert_array_equal(dataset[0]["numbers"], row["numbers"])
+    assert dataset[0]["energy"] == row["energy"]
+    assert dataset.num_fidelities == 1
+
+
+def test_what_it_says_about_the_data():
+    dataset = MixedFidelityDataset(TINY, SAE, y=("energy", "forces", "spin_charges"))
+    assert dataset.labels == {0: {"energy", "forces", "spin_charges"}, 1: {"energy", "forces"}, 2: {"energy"}}
+    for f, path in TINY.items():
+        assert dataset.species[f] == SizeGroupedDataset(path).elements
+    assert np.bincount(dataset.fidelities).tolist() == [160, 200, 200]
+
+
+def test_masks_of_labels_that_a_fidelity_lacks():
+    dataset = MixedFidelityDataset(TINY, SAE)
+    _, y = collate(dataset.__getitems__([0, 200, 500]))
+    assert y["energy_mask"].tolist() == [True, True, True]
+    assert y["forces_mask"].tolist() == [True, True, False]
+    assert y["charges_mask"].tolist() == [True, True, False]
+    assert y["spin_charges_mask"].tolist() == [True, False, False]
+
+
+def test_nan_marks_a_missing_label(tmp_path):
+    forces = np.ones((4, 3, 3), np.float32)
+    forces[2, 1, 0] = np.nan
+    dataset = MixedFidelityDataset({0: write_water(tmp_path / "a.h5", forces=forces)})
+    _, y = collate(dataset.__getitems__(range(4)))
+    assert y["forces_mask"].tolist() == [True, True, False, True]
+    assert not y["forces"][2].any()
+    assert y["forces"][[0, 1, 3]].eq(1.0).all()
+
+
+def test_label_that_some_sizes_lack(tmp_path):
+    groups = water(forces=np.ones((4, 3, 3), np.float32))
+    groups[1] = {key: values[:1, :1] if values.ndim > 1 else values[:1] for key, values in water()[3].items()}
+    write_dataset(tmp_path / "a.h5", groups)
+    _, y = collate(MixedFidelityDataset({0: tmp_path / "a.h5"}).__getitems__([0, 1]))
+    assert y["forces_mask"].tolist() == [False, True]
+
+
+def test_multiplicity_is_one_where_the_file_has_none(tmp_path):
+    dataset = MixedFidelityDataset({0: write_water(tmp_path / "a.h5")})
+    assert dataset[0]["mult"] == 1.0
+
+
+def test_pickled_dataset_gives_the_same():
+    dataset = MixedFidelityDataset(TINY, SAE)
+    here = dataset[300]
+    there = pickle.loads(pickle.dumps(dataset))[300]
+    assert here.keys() == there.keys()
+    assert here["energy"] == there["energy"]
+    np.testing.assert_array_equal(here["forces"], there["forces"])
+
+
+@pytest.mark.parametrize("index", [-1, 560])
+def test_index_out_of_range(index):
+    with pytest.raises(IndexError, match="0 to 559"):
+        MixedFidelityDataset(TINY)[index]
+
+
+# --------------------------------------------------------------------------------------------------
+# what is refused
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({}, "data.fidelity_datasets: no datasets"),
+        ({0: TINY[0], 2: TINY[2]}, "fidelities must be 0 to 1, found 0, 2"),
+        ({1: TINY[0]}, "fidelities must be 0 to 0, found 1"),
+        ({"0": TINY[0]}, "fidelities must be integers, found '0'"),
+    ],
+)
+def test_fidelities_must_be_numbered_from_zero(datasets, message):
+    with pytest.raises(ValueError, match=message):
+        MixedFidelityDataset(datasets)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"none\.h5"):
+        MixedFidelityDataset({0: "none.h5"})
+
+
+def test_element_without_self_atomic_energy():
+    sae = {f: dict(SAE[f]) for f in range(3)}
+    del sae[1][8]
+    with pytest.raises(ValueError, match=r"O \(8\) in .*tiny_fid1\.h5 not among .* of fidelity 1: H \(1\), C \(6\)"):
+        MixedFidelityDataset(TINY, sae)
+
+
+def test_self_atomic_energies_for_other_fidelities():
+    with pytest.raises(ValueError, match="found for fidelities 0, 1, but there are datasets for 0, 1, 2"):
+        MixedFidelityDataset(TINY, {f: SAE[f] for f in (0, 1)})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"y": ("energy", "force")}, "data.y: unknown key 'force'; did you mean forces"),
+        ({"y": ("energy", "charge")}, "data.y: unknown key 'charge'"),
+        ({"x": ("coord", "numbers", "spin")}, "data.x: unknown key 'spin'"),
+        ({"x": ("coord", "charge")}, "data.x: numbers is missing"),
+    ],
+)
+def test_keys(keys, message):
+    with pytest.raises(ValueError, match=message):
+        MixedFidelityDataset(TINY, **keys)
+
+
+def test_offset_that_mixes_up_elements():
+    with pytest.raises(ValueError, match=r"fidelity_offset: 50 makes element types .* coincide"):
+        MixedFidelityDataset(TINY, fidelity_offset=50)
+    MixedFidelityDataset({0: TINY[0]}, fidelity_offset=50)
+
+
+def test_nan_energy_is_found_at_construction(tmp_path):
+    path = write_water(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["003/energy"][1] = np.nan
+    with pytest.raises(DatasetError, match=r"a\.h5: group 003: row 1: energy is nan"):
+        MixedFidelityDataset({0: path})
+
+
+@pytest.mark.parametrize("key", ["coord", "charge"])
+def test_input_that_is_not_finite_is_named(tmp_path, key):
+    path = write_water(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["003"][key][2] = np.nan
+    with pytest.raises(DatasetError, match=rf"group 003: row 2: {key} is NaN or infinite"):
+        MixedFidelityDataset({0: path}).__getitems__([0, 3, 2])
+
+
+def test_infinite_label_is_named(tmp_path):
+    forces = np.zeros((4, 3, 3), np.float32)
+    forces[1] = np.inf
+    forces[0] = np.nan
+    path = write_water(tmp_path / "a.h5", forces=forces)
+    with pytest.raises(DatasetError, match="group 003: row 1: forces is infinite"):
+        MixedFidelityDataset({0: path}).__getitems__(range(4))
