@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimnet2mult import nbops
+from aimnet2mult import nbops, ops
 from aimnet2mult.config.builder import resolve
 from aimnet2mult.constants import ATOMIC_MASSES, MAX_ATOMIC_NUMBER
 from aimnet2mult.dispersion import D3TS, DFTD3, DispParam
@@ -226,12 +226,12 @@ class Dipole(_Multipole):
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``."""
-        data[self.key_out] = nbops.mol_sum(data[self.key_in].unsqueeze(-1) * self.positions(data), data)
+        data[self.key_out] = ops.point_charge_dipole(data[self.key_in], self.positions(data), data)
         return data
 
 
 class Quadrupole(_Multipole):
-    """Traceless quadrupole moment Σ q (r⊗r - r²/3): ``key_out`` (B, 6) as xx, yy, zz, xy, xz, yz, e·Å².
+    """Traceless quadrupole moment Σ q (r⊗r - r²/3): ``key_out`` (B, 6) as xx, yy, zz, xy, yz, xz, e·Å².
 
     Parameters
     ----------
@@ -246,13 +246,7 @@ class Quadrupole(_Multipole):
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``."""
-        r = self.positions(data)
-        squares = r.pow(2)
-        diagonal = squares - squares.mean(dim=-1, keepdim=True)
-        x, y, z = r.unbind(dim=-1)
-        products = torch.stack([x * y, x * z, y * z], dim=-1)
-        moments = data[self.key_in].unsqueeze(-1) * torch.cat([diagonal, products], dim=-1)
-        data[self.key_out] = nbops.mol_sum(moments, data)
+        data[self.key_out] = ops.point_charge_quadrupole(data[self.key_in], self.positions(data), data)
         return data
 
 

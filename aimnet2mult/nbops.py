@@ -62,7 +62,7 @@ BATCH_KEYS: dict[str, Key] = {
     "charges": Key("atom", (), "float", "e", "atomic charges, sum to charge"),
     "spin_charges": Key("atom", (), "float", "e", "alpha minus beta populations, sum to mult - 1"),
     "dipole": Key("molecule", (3,), "float", "e·Å", "dipole moment of the atomic charges"),
-    "quadrupole": Key("molecule", (6,), "float", "e·Å²", "traceless quadrupole: xx, yy, zz, xy, xz, yz"),
+    "quadrupole": Key("molecule", (6,), "float", "e·Å²", "traceless quadrupole: xx, yy, zz, xy, yz, xz"),
     "stress": Key("cell", (3, 3), "float", "eV/Å³", "stress tensor"),
     "hessian": Key("atom", (), "float", "eV/Å²", "second derivatives of the energy"),
     "aim": Key("atom", (-1,), "float", "", "atomic features that the readouts see"),

@@ -104,3 +104,36 @@ def coulomb_kernel_dsf(d_ij: Tensor, rc: float, alpha: float) -> Tensor:
     slope = at_rc / rc + 2.0 * alpha / math.sqrt(math.pi) * math.exp(-((alpha * rc) ** 2)) / rc
     kernel = torch.erfc(alpha * d_ij) / d_ij - at_rc + slope * (d_ij - rc)
     return torch.where(d_ij < rc, kernel, torch.zeros_like(kernel))
+
+
+def point_charge_dipole(q: Tensor, r: Tensor, data: dict[str, Tensor]) -> Tensor:
+    """Dipole moment Σ q r of each molecule.
+
+    Parameters
+    ----------
+    q : Tensor
+        (B, N) or (A,) charges, e.
+    r : Tensor
+        (B, N, 3) or (A, 3) positions from the origin of choice, Å.
+    data : dict
+        The batch.
+
+    Returns
+    -------
+    Tensor
+        (B, 3), e·Å.
+    """
+    return nbops.mol_sum(nbops.mask_padding(q, data).unsqueeze(-1) * r, data)
+
+
+def point_charge_quadrupole(q: Tensor, r: Tensor, data: dict[str, Tensor]) -> Tensor:
+    """Traceless quadrupole moment Σ q (r⊗r - r²/3) of each molecule; arguments as `point_charge_dipole`.
+
+    Returns
+    -------
+    Tensor
+        (B, 6) as xx, yy, zz, xy, yz, xz (the order of the published AIMNet2 code), e·Å².
+    """
+    squares = r.pow(2)
+    products = torch.cat([squares - squares.mean(dim=-1, keepdim=True), r * r.roll(-1, dims=-1)], dim=-1)
+    return nbops.mol_sum(nbops.mask_padding(q, data).unsqueeze(-1) * products, data)

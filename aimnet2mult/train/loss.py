@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from aimnet2mult.config.builder import check_kwargs, nearest, resolve
 from aimnet2mult.nbops import BATCH_KEYS, mask_padding, mol_sum, real_atoms
+from aimnet2mult.ops import point_charge_dipole, point_charge_quadrupole
 
 Batch = Mapping[str, Tensor]
 
@@ -201,6 +202,10 @@ def energy_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "energy", key_t
     return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask)
 
 
+Moment = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+"""Charges, positions and batch -> moment of each molecule."""
+
+
 def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "dipole") -> Tensor:
     """Mean square error of the dipole moment, (e·Å)².
 
@@ -229,38 +234,27 @@ def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_
 def quadrupole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "quadrupole") -> Tensor:
     """Mean square error of the traceless quadrupole moment, (e·Å²)².
 
-    As `dipole_loss_fn`, with labels of shape (B, 6): xx, yy, zz, xy, xz, yz.
+    As `dipole_loss_fn`, with labels of shape (B, 6): xx, yy, zz, xy, yz, xz.
     """
     return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_quadrupole)
 
 
 def _moment_loss(
-    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, moment: Callable[[Tensor, Batch], Tensor]
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str,
+    key_true: str,
+    moment: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
 ) -> Tensor:
     mask = label_mask(y_true, key_true)
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
     if _is_atomic(key_pred):
-        prediction = moment(prediction, y_pred)
+        batch = dict(y_pred)
+        prediction = moment(prediction, batch["coord"].detach(), batch)
     error = label_error(prediction, y_true[key_true], mask, y_pred, False, key_true)
     return masked_mean(mean_square(error, y_pred, atomic=False), mask)
-
-
-def point_charge_dipole(charges: Tensor, data: Batch) -> Tensor:
-    """Σ_i q_i r_i about the origin of ``coord``, (B, 3), e·Å."""
-    batch = dict(data)
-    return mol_sum(mask_padding(charges, batch).unsqueeze(-1) * data["coord"].detach(), batch)
-
-
-def point_charge_quadrupole(charges: Tensor, data: Batch) -> Tensor:
-    """Σ_i q_i (r_i r_iᵀ - r_i²/3) about the origin of ``coord``: xx, yy, zz, xy, xz, yz; (B, 6), e·Å²."""
-    batch = dict(data)
-    x, y, z = data["coord"].detach().unbind(-1)
-    products = torch.stack([x * x, y * y, z * z, x * y, x * z, y * z], dim=-1)
-    second_moments = mol_sum(mask_padding(charges, batch).unsqueeze(-1) * products, batch)
-    trace = second_moments[..., :3].mean(dim=-1, keepdim=True)
-    return torch.cat([second_moments[..., :3] - trace, second_moments[..., 3:]], dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------
