@@ -124,10 +124,10 @@ class DeployableModel(nn.Module):
                 "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; "
                 "train or compile it with the Coulomb method dsf or ewald"
             )
-        numbers = data["numbers"]
+        numbers = data["numbers"].long()
         n_known = self.allowed.shape[0]
         known = (numbers >= 0) & (numbers < n_known)
-        known = known & self.allowed[numbers.long().clamp(0, n_known - 1)]
+        known = known & self.allowed[numbers.clamp(0, n_known - 1)]
         # One wait for the device, for both questions.
         if not bool((known.all() & torch.isfinite(data["coord"]).all()).item()):
             if bool(known.all().item()):

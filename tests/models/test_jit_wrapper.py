@@ -94,6 +94,7 @@ def test_double_precision(raw, molecules, reference, expected_energy):
     ("change", "message"),
     [
         ({"numbers": torch.tensor([[35, 1, 1]])}, r"Br \(35\) is not among the elements of fidelity 1: H \(1\), C"),
+        ({"numbers": torch.tensor([[35, 1, 53]], dtype=torch.int32)}, r"Br \(35\), I \(53\) are not among"),
         ({"numbers": torch.tensor([[201, 1, 8]])}, r"Z=201 is not among"),
         ({"numbers": torch.tensor([[-1, 1, 8]])}, r"Z=-1 is not among"),
         ({"coord": torch.full((1, 3, 3), torch.nan)}, "coord holds NaN"),

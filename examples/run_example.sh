@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The whole main job on the data of this folder: self-atomic energies -> training on three levels of theory at once ->
+# one compiled model per level -> inference with PyTorch alone -> errors on molecules that were not trained on.
+# Minutes on two CPU cores. Other settings: CONFIG=config/train.yaml MODEL=config/model.yaml ./run_example.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+PYTHON=${PYTHON:-python}
+CONFIG=${CONFIG:-config/train_small.yaml}
+MODEL=${MODEL:-config/model_small.yaml}
+OUT=${OUT:-output}
+mkdir -p "$OUT/compiled" "$OUT/no_dispersion"
+
+LEVELS=(fid0_dft fid1_gfn2 fid2_gfn1)
+# B3LYP has no dispersion in its labels and gets D3(BJ); both xTB methods contain theirs already.
+DISPERSION=("--dispersion d3bj --dispersion-functional b3lyp" "" "")
+
+echo "== 1. self-atomic energies"
+for f in 0 1 2; do
+    "$PYTHON" -m aimnet2mult.train.calc_sae "data/${LEVELS[$f]}_train.h5" "$OUT/sae_fid$f.yaml"
+done
+
+echo "== 2. training"
+"$PYTHON" -m aimnet2mult.train.cli --config "$CONFIG" --model "$MODEL" --save "$OUT/model.pt" \
+    data.fidelity_datasets.0=data/fid0_dft_train.h5 data.sae.energy.files.0="$OUT/sae_fid0.yaml" \
+    data.fidelity_datasets.1=data/fid1_gfn2_train.h5 data.sae.energy.files.1="$OUT/sae_fid1.yaml" \
+    data.fidelity_datasets.2=data/fid2_gfn1_train.h5 data.sae.energy.files.2="$OUT/sae_fid2.yaml" \
+    checkpoint.dirname="$OUT/run" "$@"
+
+echo "== 3. one compiled model per level"
+for f in 0 1 2; do
+    # shellcheck disable=SC2086 # the options are several words
+    "$PYTHON" -m aimnet2mult.tools.compile_jit --weights "$OUT/model.pt" --output "$OUT/compiled/model" \
+        --fidelity-level "$f" ${DISPERSION[$f]}
+done
+# A second file of level 0 without D3, to compare with its labels, which have none.
+"$PYTHON" -m aimnet2mult.tools.compile_jit --weights "$OUT/model.pt" --output "$OUT/no_dispersion/model" \
+    --fidelity-level 0
+
+echo "== 4. inference with PyTorch alone, and through ASE"
+"$PYTHON" inference.py "$OUT/compiled"
+
+echo "== 5. errors on the test files"
+"$PYTHON" -m aimnet2mult.tools.evaluate --output "$OUT/report" --history "$OUT/run/metrics.jsonl" \
+    --model "$OUT/no_dispersion/model_fid0.jpt" --data data/fid0_dft_test.h5 \
+    --model "$OUT/compiled/model_fid1.jpt" --data data/fid1_gfn2_test.h5 \
+    --model "$OUT/compiled/model_fid2.jpt" --data data/fid2_gfn1_test.h5
