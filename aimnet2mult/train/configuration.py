@@ -510,7 +510,8 @@ def _absolute(value: Any, source: _Source) -> Any:
     """Return a file's name as an absolute path; one that begins with a reference (``${...}``) is left alone."""
     if not isinstance(value, str) or value.startswith("${"):
         return value
-    return str(source.folder / Path(value).expanduser())
+    path = source.folder / Path(value).expanduser()
+    return str(path.parent.resolve() / path.name)  # a link keeps its own name
 
 
 def _without_none(hint: Any) -> Any:

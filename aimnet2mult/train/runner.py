@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import yaml
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from aimnet2mult.config.builder import ConfigError, resolve
 from aimnet2mult.constants import element_names
@@ -154,12 +154,12 @@ def _train(
     run = Run(config, folder, model, model_config, data, optimizer, schedule)
     attach_epochs(trainer, train_loader)
     attach_training_log(trainer, run)
+    attach_progress_bar(trainer, run)
     if val_loader is not None:
         attach_validation(trainer, evaluator, val_loader, run)
     else:
         attach_epoch_records(trainer, run)
     attach_schedule(trainer, run)
-    attach_progress_bar(trainer, run)
 
     first = validate(evaluator, val_loader) if val_loader is not None else {}
     if schedule is not None:
@@ -767,12 +767,24 @@ def attach_schedule(trainer: Engine, run: Run) -> None:
 
 def attach_progress_bar(trainer: Engine, run: Run) -> None:
     """Show a progress bar for each epoch on a terminal; in a file the log speaks alone."""
-    if run.writes and _shows_bar():
-        bar = ProgressBar(
-            desc="epoch",
-            bar_format="{desc} [{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}{postfix} {elapsed}<{remaining}",
-        )
-        bar.attach(trainer, output_transform=lambda output: {"loss": float(output["loss"])})
+    if not (run.writes and _shows_bar()):
+        return
+    bars: list[tqdm[Any]] = []
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def show(engine: Engine) -> None:
+        name = f"epoch {engine.state.epoch}/{run.config.trainer.epochs}"
+        bars.append(tqdm(total=engine.state.epoch_length, desc=name, leave=False, dynamic_ncols=True))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def advance(engine: Engine) -> None:
+        output: Any = engine.state.output
+        bars[-1].set_postfix(loss=f"{float(output['loss']):.4g}", refresh=False)
+        bars[-1].update()
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def remove() -> None:
+        bars.pop().close()
 
 
 def _shows_bar() -> bool:

@@ -8,6 +8,7 @@ import yaml
 
 from aimnet2mult.train.configuration import DEFAULT_CONFIG, TrainConfig, load_config, to_dict, yaml_key
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PLATEAU = "ignite.handlers.ReduceLROnPlateauScheduler"
 STEP = "torch.optim.lr_scheduler.StepLR"
 
@@ -84,8 +85,8 @@ def test_paths_in_a_file_are_relative_to_the_file(folder, monkeypatch):
     path = write(folder / "sub" / "train.yaml", settings)
     monkeypatch.chdir("/")
     config = load_config(path)
-    assert config.data.fidelity_datasets[0].resolve() == folder / "fid0.h5"
-    assert config.data.sae.energy.file.is_file()
+    assert config.data.fidelity_datasets[0] == folder / "fid0.h5"
+    assert config.data.sae.energy.file == folder / "sae0.yaml"
     assert config.checkpoint.dirname == folder / "sub" / "out"
 
 
@@ -167,6 +168,14 @@ def test_resolved_settings_load_again_and_give_the_same(folder):
     config = load_config(None, [*files(), "wandb.init.tags=[a, b]", "data.fidelity_weights.1=2"])
     again = load_config(write(folder / "resolved.yaml", to_dict(config)))
     assert again == config
+
+
+@pytest.mark.parametrize("name", ["train.yaml", "train_small.yaml"])
+def test_settings_of_the_examples_are_valid(folder, name):
+    sae = [f"data.sae.energy.files.{f}=sae{f}.yaml" for f in range(3)]
+    config = load_config(EXAMPLES / "config" / name, sae)
+    assert config.data.fidelity_datasets[0] == EXAMPLES / "data" / "fid0_dft_train.h5"
+    assert config.data.fidelity_weights == {0: 3.0, 1: 1.0, 2: 1.0}
 
 
 # --------------------------------------------------------------------------------------------------
