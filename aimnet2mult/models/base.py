@@ -248,8 +248,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from error
+        # Of files that are no pickles at all, the unpickler says things like KeyError(105).
+        reason = f" ({str(error).splitlines()[0]})" if isinstance(error, pickle.UnpicklingError) and str(error) else ""
+        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely{reason}") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         checkpoint = dict(content)
     elif isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
