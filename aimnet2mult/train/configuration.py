@@ -783,11 +783,13 @@ def _check_scheduler(config: TrainConfig) -> Iterator[str]:
         yield f"scheduler.unit: {scheduler.unit!r} is not a unit; {nearest(scheduler.unit, SCHEDULER_UNITS)}"
     elif not problems:
         try:
-            unit = scheduler.unit or scheduler_unit(resolve(scheduler.class_))
+            own_unit = scheduler_unit(resolve(scheduler.class_))
         except ValueError as error:
             yield f"scheduler.class: {error}"
         else:
-            if unit == "validation" and not _validates(config):
+            if own_unit == "validation" and scheduler.unit == "iteration":
+                yield f"scheduler.unit: {scheduler.class_} needs a validation for each step; set it to null"
+            if "validation" in (scheduler.unit, own_unit) and not _validates(config):
                 yield (
                     "scheduler: needs the validation loss, but there is no validation data. "
                     "Set data.val_fraction or data.val_fidelity_datasets, or scheduler=null"

@@ -277,6 +277,7 @@ def test_settings_of_the_examples_are_valid(folder, name):
         ("scheduler.kwargs.factor=2", f"scheduler: {PLATEAU}: Factor should be < 1.0"),
         (f"scheduler={{class: {STEP}, kwargs: {{step_size: 0}}}}", f"scheduler.kwargs: {STEP}: "),
         ("scheduler.terminate_on_low_lr=1", "scheduler.terminate_on_low_lr: expected a rate between 0 and"),
+        ("scheduler.unit=iteration", f"scheduler.unit: {PLATEAU} needs a validation for each step"),
         ("scheduler.unit=step", "scheduler.unit: 'step' is not a unit"),
         ("data.val_fraction=0", "scheduler: needs the validation loss, but there is no validation data"),
         ("data.val_fraction=0", "checkpoint.save_best: needs the validation loss"),
