@@ -38,6 +38,9 @@ def main(
     Checkpoints, metrics.jsonl, metrics.csv and the log go to checkpoint.dirname. Ctrl-C saves the model as it stands
     (exit status 130). Several processes: torchrun --nproc_per_node=N -m aimnet2mult.train.cli ...
     """  # noqa: D301 - click wants the control character itself
+    # Threads that wait by spinning make training ten times slower where another program has a core, too. Read by
+    # OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and Ignite take seconds to import; --help does not wait for them.
     try:
         from aimnet2mult.models.base import load_model_config
