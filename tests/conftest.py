@@ -1,12 +1,18 @@
 """What several tests need: the reference molecules, small models, tolerances."""
 
+import os
 from pathlib import Path
+
+# Several test processes share the cores: more than one thread each makes all of them wait. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
 import torch
 
 from aimnet2mult.models.base import build_model, count_fidelities, load_checkpoint, load_model_config, load_weights
+
+torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

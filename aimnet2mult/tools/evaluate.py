@@ -199,6 +199,7 @@ def learning_curves(history: str | Path, path: Path) -> None:
             axis.plot(*zip(*points, strict=True), "k--" if overall else "-", label=label, linewidth=1.2)
         axis.set_yscale("log")
         axis.set_xlabel("iteration")
+        axis.set_ylabel("error, in the units of the log", fontsize=8)
         axis.set_title(f"validation {quantity.replace('_mae', ' MAE')}", fontsize=9)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -1,0 +1,122 @@
+"""What the README says works."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, fixtures_dir, sae_file, monkeypatch):
+    """A working folder with the compiled models that the snippets name."""
+    from aimnet2mult.tools.compile_jit import compile_model
+
+    (tmp_path / "folder_of_compiled_models").mkdir()
+    for f in range(2):
+        compile_model(
+            fixtures_dir / "ref_mixed.pt",
+            tmp_path / "folder_of_compiled_models" / "model",
+            model=fixtures_dir / "ref_mixed_model.yaml",
+            fidelity_level=f,
+            sae=sae_file,
+        )
+    shutil.copy(tmp_path / "folder_of_compiled_models" / "model_fid0.jpt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(2), ids=["inference", "ase"])
+def test_python_snippets_run(folder, number):
+    if "ase" in code_blocks("python")[number]:
+        pytest.importorskip("ase")
+    # As a user would: a process of its own, where warnings are no errors.
+    subprocess.run([sys.executable, "-c", code_blocks("python")[number]], check=True, cwd=folder, timeout=300)
+
+
+def test_modules_and_files_that_are_named_exist():
+    for module in set(re.findall(r"python -m (aimnet2mult[\w.]+)", README)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m (aimnet2mult[\w.]+)", README))), ids=lambda m: m.rpartition(".")[2]
+)
+def test_help_of_every_command(module):
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert "Usage:" in result.stdout
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    commands = " ".join(code_blocks("bash")[1].split("&&"))
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for part in ("torch==2.13.0", '".[all,test]"', "pytest -n 2"):
+        assert part in commands
+        assert part in ci
+
+
+def test_importing_the_package_loads_nothing_optional():
+    code = (
+        "import sys, aimnet2mult, aimnet2mult.models.jit_wrapper, aimnet2mult.data.mixed\n"
+        "loaded = {'ignite', 'omegaconf', 'wandb', 'ase', 'matplotlib', 'dftd3', 'dftd4'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_importing_the_package_alone_does_not_load_torch():
+    code = "import sys, aimnet2mult; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_the_example_from_beginning_to_end(tmp_path):
+    """The example's scripts with one epoch; compiled models give what the checkpoint gives."""
+    pytest.importorskip("ase")
+    import os
+
+    import numpy as np
+
+    from aimnet2mult.data.sae import sae_energy
+    from aimnet2mult.data.sgdataset import SizeGroupedDataset
+    from aimnet2mult.models.base import build_model, load_checkpoint, load_weights
+    from aimnet2mult.models.jit_wrapper import load_jit_model
+    from aimnet2mult.nbops import encode_fidelity
+
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    short = ["trainer.epochs=1", "data.samplers.train.kwargs.batches_per_epoch=20"]
+    for script in ("run_example.sh", "continue_training.sh"):
+        subprocess.run(["bash", str(ROOT / "examples" / script), *short], check=True, env=environment, timeout=900)
+    assert (tmp_path / "report" / "errors.md").is_file()
+    assert (tmp_path / "report_dft" / "errors.md").is_file()
+
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    model = build_model(checkpoint["model_config"], checkpoint["num_fidelities"]).eval()
+    load_weights(model, checkpoint["model"])
+    test = SizeGroupedDataset(ROOT / "examples" / "data" / "fid0_dft_test.h5")
+    deployed = {
+        0: load_jit_model(tmp_path / "no_dispersion" / "model_fid0.jpt"),
+        1: load_jit_model(tmp_path / "compiled" / "model_fid1.jpt"),
+        2: load_jit_model(tmp_path / "compiled" / "model_fid2.jpt"),
+    }
+    keys = ["coord", "numbers", "charge", "mult"]
+    for _, arrays in test.read(np.arange(len(test)), keys):
+        data = {key: torch.as_tensor(arrays[key]) for key in keys}
+        for f, compiled in deployed.items():
+            encoded = {**data, "numbers": encode_fidelity(data["numbers"].long(), f, 200)}
+            with torch.no_grad():
+                energy = model(encoded)["energy"].numpy() + sae_energy(arrays["numbers"], checkpoint["sae"][f])
+            np.testing.assert_allclose(compiled(data)["energy"], energy, rtol=0, atol=1e-4)
