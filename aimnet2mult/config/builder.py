@@ -103,18 +103,20 @@ def check_kwargs(target: Callable[..., Any], kwargs: Mapping[str, Any], where: s
             raise ConfigError(f"{where}: unknown option {key}; {nearest(str(key), list(parameters))}")
 
 
-def build(node: Mapping[str, Any], namespaces: Sequence[str] | None = None, where: str = "config") -> Any:
-    """Build the object that a ``{class, args, kwargs}`` node describes.
+def build_module(
+    node: Mapping[str, Any] | str | Path, namespaces: Sequence[str] | None = MODEL_NAMESPACES, where: str = "config"
+) -> Any:
+    """Build the object that a ``{class, args, kwargs}`` node, or a YAML file that holds one, describes.
 
     The node is not changed and nothing in it is shared with the object: building twice gives two independent
     objects.
 
     Parameters
     ----------
-    node : mapping
-        ``class``: dotted name; optional ``args`` (list) and ``kwargs`` (mapping).
+    node : mapping, str or Path
+        ``class``: dotted name; optional ``args`` (list) and ``kwargs`` (mapping). Or the name of a YAML file.
     namespaces : sequence of str, optional
-        As in `resolve`.
+        As in `resolve`; by default those that a model file may name.
     where : str
         Place of the node in its file, for messages.
 
@@ -123,6 +125,8 @@ def build(node: Mapping[str, Any], namespaces: Sequence[str] | None = None, wher
     ConfigError
         Unknown keys, a name that does not resolve, keywords that the class does not take.
     """
+    if isinstance(node, str | Path):
+        where, node = str(node), load_yaml(node)
     if not isinstance(node, Mapping) or "class" not in node:
         raise ConfigError(f"{where}: expected a mapping with the key class, found {type(node).__name__}")
     unknown = set(node) - {"class", "args", "kwargs"}

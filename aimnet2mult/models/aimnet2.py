@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aimnet2mult import nbops, ops
 from aimnet2mult.aev import AEVSV, ConvSV
-from aimnet2mult.config.builder import MODEL_NAMESPACES, build, check_kwargs
+from aimnet2mult.config.builder import MODEL_NAMESPACES, build_module, check_kwargs
 from aimnet2mult.modules import MLP, AtomicShift, Embedding
 
 
@@ -28,7 +28,7 @@ def build_outputs(outputs: Mapping[str, Any], num_types: int) -> nn.ModuleDict:
         node = dict(node)
         if str(node.get("class")).rpartition(".")[2] == AtomicShift.__name__:
             node["kwargs"] = {"num_types": num_types, **(node.get("kwargs") or {})}
-        modules[name] = build(node, MODEL_NAMESPACES, f"outputs.{name}")
+        modules[name] = build_module(node, MODEL_NAMESPACES, f"outputs.{name}")
     return nn.ModuleDict(modules)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import aimnet2mult
-from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build, load_yaml, resolve
+from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build_module, load_yaml, resolve
 from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, num_types
@@ -85,7 +85,7 @@ def build_model(
         Names the part of the configuration that does not fit.
     """
     if num_fidelities == 1:
-        model = build(config, MODEL_NAMESPACES, "model")
+        model = build_module(config, MODEL_NAMESPACES, "model")
     else:
         model = _build_mixed(config, num_fidelities, fidelity_offset, use_fidelity_readouts)
     assert isinstance(model, AIMNet2)
@@ -96,7 +96,7 @@ def _build_mixed(
     config: Mapping[str, Any], num_fidelities: int, fidelity_offset: int, use_fidelity_readouts: bool
 ) -> MixedFidelityAIMNet2:
     # Builds the plain model once, so that mistakes in the configuration are reported in its terms.
-    build(config, MODEL_NAMESPACES, "model")
+    build_module(config, MODEL_NAMESPACES, "model")
     return MixedFidelityAIMNet2(config, num_fidelities, fidelity_offset, use_fidelity_readouts)
 
 

@@ -5,6 +5,7 @@ fidelities freely and each molecule's result is what it would be alone.
 """
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -66,49 +67,40 @@ class MixedFidelityAIMNet2(AIMNet2):
             for f in range(1, num_fidelities):
                 rows = slice(f * fidelity_offset, f * fidelity_offset + TYPES_PER_FIDELITY)
                 self.afv.weight[rows] = self.afv.weight[:TYPES_PER_FIDELITY]
+        learning = {name for name, module in self.outputs.items() if any(p.requires_grad for p in module.parameters())}
+        # Consecutive readouts of one kind, (do they learn, names), in the order of the file.
+        self.stages = [
+            (bool(kind), list(names)) for kind, names in itertools.groupby(self.outputs, learning.__contains__)
+        ]
         if use_fidelity_readouts:
-            self._split_readouts()
-
-    def _split_readouts(self) -> None:
-        """Turn ``outputs`` into one set of learning readouts per fidelity and one shared set of the others."""
-        outputs = dict(self.outputs.items())
-        learning = {n: m for n, m in outputs.items() if any(p.requires_grad for p in m.parameters())}
-        self.stages: list[tuple[bool, list[str]]] = []
-        for name in outputs:
-            if not self.stages or self.stages[-1][0] != (name in learning):
-                self.stages.append((name in learning, []))
-            self.stages[-1][1].append(name)
-        del self.outputs
-        heads = [nn.ModuleDict(copy.deepcopy(learning)) for _ in range(self.num_fidelities)]
-        self.fidelity_readouts = nn.ModuleList(heads)
-        self.shared_readouts = nn.ModuleDict({n: m for n, m in outputs.items() if n not in learning})
+            outputs = dict(self.outputs.items())
+            del self.outputs
+            own = {name: module for name, module in outputs.items() if name in learning}
+            self.fidelity_readouts = nn.ModuleList(nn.ModuleDict(copy.deepcopy(own)) for _ in range(num_fidelities))
+            self.shared_readouts = nn.ModuleDict({n: m for n, m in outputs.items() if n not in learning})
 
     def readouts(self) -> list[nn.Module]:
         """Every readout module."""
         if "outputs" in self._modules:
             return list(self.outputs.values())
-        return [
-            *self.shared_readouts.values(),
-            *(m for h in self.fidelity_readouts for m in cast(nn.ModuleDict, h).values()),
-        ]
+        heads = [module for head in self.fidelity_readouts for module in cast(nn.ModuleDict, head).values()]
+        return [*self.shared_readouts.values(), *heads]
 
     def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the readouts on an encoded batch: each fidelity's on its own atoms, the shared ones on all.
+        """Run the readouts on an encoded batch: those that learn see element types, the others plain atomic numbers.
 
-        The shared ones see plain atomic numbers.
+        With fidelity readouts, those that learn run on the atoms of their own fidelity.
         """
-        if not self.use_fidelity_readouts:
-            return super().readout(data)
         types = data["numbers"]
         numbers, fidelities = nbops.decode_fidelity(types, self.fidelity_offset)
+        shared = self.shared_readouts if self.use_fidelity_readouts else self.outputs
         for learning, names in self.stages:
-            if learning:
-                data["numbers"] = types
+            data["numbers"] = types if learning else numbers
+            if learning and self.use_fidelity_readouts:
                 data = self._fidelity_stage(data, fidelities, names)
             else:
-                data["numbers"] = numbers
                 for name in names:
-                    data = self.shared_readouts[name](data)
+                    data = shared[name](data)
         data["numbers"] = types
         return data
 

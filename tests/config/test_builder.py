@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build, load_yaml, nearest, resolve
+from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build_module, load_yaml, nearest, resolve
 
 
 def test_build_gives_independent_objects_and_leaves_the_node():
     node = {"class": "aimnet2mult.modules.MLP", "kwargs": {"n_in": 2, "n_out": 1, "hidden": [3]}}
-    a, b = build(node, MODEL_NAMESPACES), build(node, MODEL_NAMESPACES)
+    a, b = build_module(node, MODEL_NAMESPACES), build_module(node, MODEL_NAMESPACES)
     assert a is not b
     assert a[0].weight is not b[0].weight
     assert node["kwargs"] == {"n_in": 2, "n_out": 1, "hidden": [3]}
@@ -33,12 +33,25 @@ def test_mistakes_are_named(node, message):
     name = node.get("class", "")
     if "modulles" in name:
         with pytest.raises(ConfigError, match="may only name classes"):
-            build(node, MODEL_NAMESPACES, "outputs.x")
+            build_module(node, MODEL_NAMESPACES, "outputs.x")
         with pytest.raises(ConfigError, match=message):
-            build(node, None, "outputs.x")
+            build_module(node, None, "outputs.x")
     else:
         with pytest.raises(ConfigError, match=message):
-            build(node, MODEL_NAMESPACES, "outputs.x")
+            build_module(node, MODEL_NAMESPACES, "outputs.x")
+
+
+def test_model_from_its_file_alone():
+    from aimnet2mult.models.base import DEFAULT_MODEL
+
+    model = build_module(DEFAULT_MODEL)
+    assert model.num_charge_channels == 2
+    assert [type(module).__name__ for module in model.outputs.values()] == [
+        "Output",
+        "AtomicShift",
+        "AtomicSum",
+        "LRCoulomb",
+    ]
 
 
 def test_load_yaml_names_file_and_line(tmp_path):

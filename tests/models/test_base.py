@@ -44,10 +44,22 @@ def test_fidelities_start_equal_but_independent(small_config, molecules):
         assert heads[0][name] is not heads[1][name]
 
 
-def test_one_set_of_readouts_without_fidelity_readouts(small_config, molecules):
-    model = build_model(small_config, 2, use_fidelity_readouts=False)
-    assert any(key.startswith("outputs.energy_mlp") for key in model.state_dict())
-    assert torch.isfinite(model(molecules(torch.float32))["energy"]).all()
+@pytest.mark.parametrize("heads", [True, False])
+def test_readouts_that_need_plain_atomic_numbers_get_them(small_config, molecules, heads):
+    small_config["kwargs"]["outputs"]["dftd3"] = {
+        "class": "aimnet2mult.modules.DFTD3",
+        "kwargs": {"s8": 0.3908, "a1": 0.566, "a2": 3.128},
+    }
+    small_config["kwargs"]["outputs"]["dipole"] = {
+        "class": "aimnet2mult.modules.Dipole",
+        "kwargs": {"center_coord": True},
+    }
+    model = build_model(small_config, 2, use_fidelity_readouts=heads)
+    assert any(key.startswith("outputs.energy_mlp") for key in model.state_dict()) != heads
+    data = molecules(torch.float32)
+    first, second = (model({**data, "numbers": encode_fidelity(data["numbers"], f, 200)}) for f in range(2))
+    torch.testing.assert_close(first["energy"], second["energy"], rtol=0, atol=0)
+    torch.testing.assert_close(first["dipole"], second["dipole"], rtol=0, atol=0)
 
 
 def test_embedding_rows_differ_and_padding_is_zero(small_config):
