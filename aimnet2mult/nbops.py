@@ -318,6 +318,38 @@ def check_batch(data: dict[str, Tensor]) -> None:
         )
 
 
+def count_molecules(data: dict[str, Tensor]) -> int:
+    """Number of molecules B of a caller's batch: from shapes, or from ``mol_idx`` where nothing else tells."""
+    if data["coord"].dim() == 3:
+        return data["coord"].shape[0]
+    if "mol_idx" not in data:
+        return 1
+    for key in ["charge", "mult"]:
+        if key in data and data[key].dim() == 1:
+            return data[key].shape[0]
+    return int(data["mol_idx"].max().item()) + 1 if data["mol_idx"].shape[0] > 0 else 0
+
+
+def check_values(data: dict[str, Tensor]) -> None:
+    """Raise a ValueError where a batch of fitting shapes (`check_batch`) cannot be right. Waits for the device.
+
+    ``charge`` and ``mult`` have one entry per molecule, ``mol_idx`` is sorted and within range, and a caller's
+    neighbour matrix comes with the padding atom that its unused columns point to.
+    """
+    n_mol = count_molecules(data)
+    for key in ["charge", "mult"]:
+        if key in data and data[key].numel() != n_mol:
+            raise ValueError(f"{key} has {data[key].numel()} entries for {n_mol} molecules")
+    if "mol_idx" in data and data["coord"].dim() == 2 and data["mol_idx"].shape[0] > 0:
+        mol_idx = data["mol_idx"]
+        if bool((mol_idx[1:] < mol_idx[:-1]).any().item()):
+            raise ValueError("mol_idx must be sorted: the atoms of a molecule follow each other")
+        if int(mol_idx[0].item()) < 0 or int(mol_idx[-1].item()) >= n_mol:
+            raise ValueError(f"mol_idx must be between 0 and {n_mol - 1}, the number of molecules less one")
+    if "nbmat" in data and bool((data["numbers"][..., -1] != 0).any().item()):
+        raise ValueError("with nbmat, the last atom (of each molecule) must be padding: numbers = 0")
+
+
 def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: int) -> Tensor:
     """A value per molecule (B,), the default where the caller gives none, dtype and device of ``coord``."""
     coord = data["coord"]
@@ -370,14 +402,7 @@ def internal_batch(
         out["cell"] = data["cell"].to(coord.dtype)
 
     dense = coord.dim() == 3
-    if dense:
-        n_mol = coord.shape[0]
-    elif "mol_idx" not in data:
-        n_mol = 1
-    elif "charge" in data and data["charge"].dim() == 1:
-        n_mol = data["charge"].shape[0]
-    else:
-        n_mol = int(data["mol_idx"].max().item()) + 1 if numbers.shape[0] > 0 else 0
+    n_mol = count_molecules(data)
     out["charge"] = _molecule_values(data, "charge", 0.0, n_mol)
     out["mult"] = _molecule_values(data, "mult", 1.0, n_mol)
     if "_fidelities" in data:

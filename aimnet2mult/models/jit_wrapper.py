@@ -119,6 +119,7 @@ class DeployableModel(nn.Module):
     def check_input(self, data: dict[str, Tensor]) -> None:
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
+        nbops.check_values(data)
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(
                 "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; "

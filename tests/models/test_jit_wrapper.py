@@ -99,6 +99,9 @@ def test_double_precision(raw, molecules, reference, expected_energy):
         ({"numbers": torch.tensor([[-1, 1, 8]])}, r"Z=-1 is not among"),
         ({"coord": torch.full((1, 3, 3), torch.nan)}, "coord holds NaN"),
         ({"coord": torch.zeros(1, 3, 2)}, "must have shape"),
+        ({"charge": torch.zeros(2)}, "charge has 2 entries for 1 molecules"),
+        ({"mult": torch.ones(3)}, "mult has 3 entries for 1 molecules"),
+        ({"nbmat": torch.zeros(1, 3, 2, dtype=torch.long)}, "must be padding: numbers = 0"),
         ({"cell": torch.eye(3)}, "cannot be used with a cell"),
     ],
 )
@@ -111,6 +114,22 @@ def test_bad_input_is_refused_and_grad_mode_stays(compiled, raw, change, message
     with pytest.raises(ValueError, match=message) as error:
         load_jit_model(compiled)({**water, **change})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mol_idx": torch.tensor([0, 1, 0])}, "mol_idx must be sorted"),
+        ({"mol_idx": torch.tensor([0, 0, 1]), "charge": torch.zeros(1)}, "mol_idx must be between 0 and 0"),
+        ({"mol_idx": torch.tensor([0, 0])}, "mol_idx has 2 entries, coord 3"),
+    ],
+)
+def test_bad_flat_input_is_refused_and_grad_mode_stays(raw, change, message):
+    water = {"coord": torch.rand(3, 3), "numbers": torch.tensor([8, 1, 1])}
+    with torch.no_grad():
+        with pytest.raises(torch.jit.Error, match=message):
+            raw({**water, **change})
+        assert not torch.is_grad_enabled()
 
 
 def test_inference_mode_is_explained(raw):
