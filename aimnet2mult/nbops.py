@@ -146,7 +146,7 @@ def mol_sum(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     Tensor
         (B, ...), dtype of ``x``.
     """
-    if data["coord"].dim() == 3:
+    if not is_flat(data):
         return x.sum(dim=1)
     shape = [n_molecules(data)] + list(x.shape[1:])
     return torch.zeros(shape, dtype=x.dtype, device=x.device).index_add(0, data["mol_idx"], x)
@@ -154,7 +154,7 @@ def mol_sum(x: Tensor, data: dict[str, Tensor]) -> Tensor:
 
 def mol_expand(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Give each atom the value of its molecule: (B, ...) -> (B, 1, ...) (broadcasts) or (A, ...)."""
-    if data["coord"].dim() == 3:
+    if not is_flat(data):
         return x.unsqueeze(1)
     return x.index_select(0, data["mol_idx"])
 
@@ -212,7 +212,7 @@ def neighbors(x: Tensor, data: dict[str, Tensor], suffix: str) -> Tensor:
     Tensor
         Dense (B, 1, N, ...), which broadcasts over i; flat (A, M, ...).
     """
-    if data["coord"].dim() == 3:
+    if not is_flat(data):
         return x.unsqueeze(1)
     return x[data["nbmat" + suffix]]
 
@@ -233,7 +233,7 @@ def pair_mask(data: dict[str, Tensor], suffix: str) -> Tensor:
     """
     real = real_atoms(data["numbers"])
     mask = center(real, data) & neighbors(real, data, suffix)
-    if data["coord"].dim() == 3:
+    if not is_flat(data):
         n_atoms = real.shape[1]
         mask = mask & ~torch.eye(n_atoms, dtype=torch.bool, device=mask.device)
     return mask
@@ -264,7 +264,7 @@ def pair_vectors(
         bool, shape of ``d_ij``: pairs that count (`pair_mask`).
     """
     coord = data["coord"]
-    if coord.dim() == 3:
+    if not is_flat(data):
         suffix = ""
     if "_d_ij" + suffix in data:
         return data["_d_ij" + suffix], data["_r_ij" + suffix], data["_mask_ij" + suffix]
@@ -309,7 +309,7 @@ def check_batch(data: dict[str, Tensor]) -> None:
         raise ValueError(f"numbers has shape {list(numbers.shape)}, coord {list(coord.shape)}: one number per atom")
     if not coord.is_floating_point():
         raise ValueError("coord must be a tensor of floating-point numbers")
-    if coord.dim() == 2 and "mol_idx" in data and data["mol_idx"].shape[0] != coord.shape[0]:
+    if is_flat(data) and "mol_idx" in data and data["mol_idx"].shape[0] != coord.shape[0]:
         raise ValueError(f"mol_idx has {data['mol_idx'].shape[0]} entries, coord {coord.shape[0]}: one per atom")
     if "nbmat" in data and data["nbmat"].dim() != coord.dim():
         raise ValueError(
@@ -320,7 +320,7 @@ def check_batch(data: dict[str, Tensor]) -> None:
 
 def count_molecules(data: dict[str, Tensor]) -> int:
     """Number of molecules B of a caller's batch: from shapes, or from ``mol_idx`` where nothing else tells."""
-    if data["coord"].dim() == 3:
+    if not is_flat(data):
         return data["coord"].shape[0]
     if "mol_idx" not in data:
         return 1
@@ -340,7 +340,7 @@ def check_values(data: dict[str, Tensor]) -> None:
     for key in ["charge", "mult"]:
         if key in data and data[key].numel() != n_mol:
             raise ValueError(f"{key} has {data[key].numel()} entries for {n_mol} molecules")
-    if "mol_idx" in data and data["coord"].dim() == 2 and data["mol_idx"].shape[0] > 0:
+    if "mol_idx" in data and is_flat(data) and data["mol_idx"].shape[0] > 0:
         mol_idx = data["mol_idx"]
         if bool((mol_idx[1:] < mol_idx[:-1]).any().item()):
             raise ValueError("mol_idx must be sorted: the atoms of a molecule follow each other")
@@ -401,7 +401,7 @@ def internal_batch(
     if "cell" in data:
         out["cell"] = data["cell"].to(coord.dtype)
 
-    dense = coord.dim() == 3
+    dense = not is_flat(data)
     n_mol = count_molecules(data)
     out["charge"] = _molecule_values(data, "charge", 0.0, n_mol)
     out["mult"] = _molecule_values(data, "mult", 1.0, n_mol)

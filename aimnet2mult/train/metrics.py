@@ -44,13 +44,9 @@ class DictMetric(Metric):
         """
         for key in self._stored:
             engine.state.metrics.pop(key, None)
-        result = self.compute()
+        result: dict[str, float] = self.compute()
         engine.state.metrics.update(result)
         self._stored = tuple(result)
-
-    def compute(self) -> dict[str, float]:
-        """Return the results by name."""
-        raise NotImplementedError
 
 
 class RegMultiMetric(DictMetric):
