@@ -7,7 +7,7 @@ import numpy as np
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, element_names
-from aimnet2mult.data.base import FIDELITY_KEY, INPUT_KEYS, MultiFidelityDataset, Sample
+from aimnet2mult.data.base import FIDELITY_KEY, INPUT_KEYS, MoleculeSource, MultiFidelityDataset, Sample
 from aimnet2mult.data.sae import sae_energy
 from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset
 from aimnet2mult.nbops import BATCH_KEYS, encode_fidelity
@@ -30,7 +30,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
 
     Parameters
     ----------
-    datasets : mapping of int to str, Path or SizeGroupedDataset
+    datasets : mapping of int to str, Path or MoleculeSource
         Dataset of each fidelity 0 ... F-1.
     sae : mapping of int to mapping of int to float, optional
         Self-atomic energies of each fidelity, atomic number -> eV. None leaves total energies.
@@ -54,7 +54,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
 
     def __init__(
         self,
-        datasets: Mapping[int, str | Path | SizeGroupedDataset],
+        datasets: Mapping[int, str | Path | MoleculeSource],
         sae: Mapping[int, Mapping[int, float]] | None = None,
         fidelity_offset: int = FIDELITY_OFFSET,
         x: Sequence[str] = INPUT_KEYS,
@@ -69,8 +69,8 @@ class MixedFidelityDataset(MultiFidelityDataset):
             )
         self.fidelity_offset = fidelity_offset
         self.x, self.y = tuple(x), tuple(y)
-        self.datasets = {
-            f: data if isinstance(data, SizeGroupedDataset) else SizeGroupedDataset(data)
+        self.datasets: dict[int, MoleculeSource] = {
+            f: data if isinstance(data, MoleculeSource) else SizeGroupedDataset(data)
             for f, data in sorted(datasets.items())
         }
         self.num_fidelities = len(self.datasets)
@@ -95,7 +95,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
             absent = [z for z in data.elements if z not in self.sae[f]]
             if absent:
                 raise ValueError(
-                    f"{element_names(absent)} in {data.path} not among the self-atomic energies of fidelity {f}: "
+                    f"{element_names(absent)} in {data.name} not among the self-atomic energies of fidelity {f}: "
                     f"{element_names(sorted(self.sae[f]))}. Fit them to this dataset (aimnet2mult.train.calc_sae)."
                 )
 

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from aimnet2mult.constants import MAX_ATOMIC_NUMBER
+from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.utils.files import atomic_path
 
@@ -98,7 +99,7 @@ def _locate(dataset: h5py.Dataset, user_block: int) -> int | None:
     return None if offset is None else int(offset)
 
 
-class SizeGroupedDataset:
+class SizeGroupedDataset(MoleculeSource):
     """The molecules of one HDF5 file.
 
     Molecules are numbered in the order of ascending atom count, then of rows. The object can be pickled and used
@@ -133,6 +134,7 @@ class SizeGroupedDataset:
 
     def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES) -> None:
         self.path = Path(path).absolute()
+        self.files = (self.path,)
         self._groups, self._names = _read_structure(self.path)
         self.sizes = {n: group["numbers"].shape[0] for n, group in self._groups.items()}
         self.keys = {key for group in self._groups.values() for key in group}
@@ -156,9 +158,6 @@ class SizeGroupedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_file_pid": -1, "_map": None, "_cache": {}}
-
-    def __len__(self) -> int:
-        return len(self.n_atoms)
 
     def __repr__(self) -> str:
         sizes = f"{min(self.sizes)} to {max(self.sizes)}"
@@ -187,39 +186,23 @@ class SizeGroupedDataset:
 
     def _scan(self) -> list[int]:
         seen = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
-        for n_atoms, first, arrays in self.chunks(("numbers", "energy")):
-            where = f"{self.path}: group {self._names[n_atoms]}"
+        for first, arrays in self.chunks(("numbers", "energy")):
             numbers, finite = arrays["numbers"], np.isfinite(arrays["energy"])
             if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
                 row, atom = np.argwhere((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))[0]
                 raise DatasetError(
-                    f"{where}: row {first + row}: numbers has {numbers[row, atom]}, expected atomic numbers from 1 to "
-                    f"{MAX_ATOMIC_NUMBER}. Files hold plain atomic numbers, no padding and no fidelity offset."
+                    f"{self.where(first + int(row))}: numbers has {numbers[row, atom]}, expected atomic numbers from 1 "
+                    f"to {MAX_ATOMIC_NUMBER}. Files hold plain atomic numbers, no padding and no fidelity offset."
                 )
             if not finite.all():
                 row = int(np.argmin(finite))
                 energy = arrays["energy"][row]
-                raise DatasetError(f"{where}: row {first + row}: energy is {energy}. Remove molecules without energy.")
+                raise DatasetError(f"{self.where(first + row)}: energy is {energy}. Remove molecules without energy.")
             seen[numbers] = True
         return [int(z) for z in np.flatnonzero(seen)]
 
     def read(self, indices: np.ndarray, keys: Sequence[str]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Yield the arrays of the given molecules, one size group after the other.
-
-        Parameters
-        ----------
-        indices : numpy.ndarray
-            (m,) int, molecules in any order; repeats are allowed.
-        keys : sequence of str
-            Arrays to read. An array that a group does not have is absent from the dictionary of that group.
-
-        Yields
-        ------
-        positions : numpy.ndarray
-            (k,) int, where in ``indices`` the molecules of this group stand.
-        arrays : dict of str to numpy.ndarray
-            (k, ...) for each key, in the order of ``positions``; copies that the caller may change.
-        """
+        """As `MoleculeSource.read`, one size group after the other."""
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"{self.path}: molecule indices must be from 0 to {len(self) - 1}")
@@ -234,30 +217,13 @@ class SizeGroupedDataset:
             present = [key for key in keys if key in self._groups[n_atoms]]
             yield order[first:last], {key: self._rows(n_atoms, key, rows) for key in present}
 
-    def chunks(self, keys: Sequence[str], max_rows: int = 65536) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-        """Stream the whole file in order.
-
-        Parameters
-        ----------
-        keys : sequence of str
-            As in `read`.
-        max_rows : int
-            Molecules per piece.
-
-        Yields
-        ------
-        n_atoms : int
-            Number of atoms N of the molecules of this piece.
-        first : int
-            Row of the piece in its group.
-        arrays : dict of str to numpy.ndarray
-            (k, ...) for each key.
-        """
-        for n_atoms, n_molecules in self.sizes.items():
+    def chunks(self, keys: Sequence[str], max_rows: int = 65536) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """As `MoleculeSource.chunks`; a piece holds molecules of one size."""
+        for start, (n_atoms, n_molecules) in zip(self._starts.tolist(), self.sizes.items(), strict=False):
             present = [key for key in keys if key in self._groups[n_atoms]]
             for first in range(0, n_molecules, max_rows):
                 rows = slice(first, min(first + max_rows, n_molecules))
-                yield n_atoms, first, {key: np.array(self._source(n_atoms, key)[rows]) for key in present}
+                yield start + first, {key: np.array(self._source(n_atoms, key)[rows]) for key in present}
 
     def _rows(self, n_atoms: int, key: str, rows: np.ndarray) -> np.ndarray:
         """Rows (ascending) of an array."""

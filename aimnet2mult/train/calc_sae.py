@@ -7,6 +7,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.sae import SAEFit, composition, fit_sae, save_sae
 from aimnet2mult.data.sgdataset import SizeGroupedDataset
 from aimnet2mult.utils.cli import user_errors
@@ -59,7 +60,7 @@ def calc_sae(dataset_path: str | Path, output: str | Path, samples: int | None =
 
 
 def draw_sample(
-    dataset: SizeGroupedDataset, elements: list[int], samples: int | None, rng: np.random.Generator
+    dataset: MoleculeSource, elements: list[int], samples: int | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read compositions and energies of molecules drawn at random, in one pass over the file.
 
@@ -68,7 +69,7 @@ def draw_sample(
 
     Parameters
     ----------
-    dataset : SizeGroupedDataset
+    dataset : MoleculeSource
         The file.
     elements : list of int
         Atomic numbers to count.
@@ -92,7 +93,7 @@ def draw_sample(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     first = 0
     with tqdm(total=n, unit="molecule", unit_scale=True, desc="reading", disable=None, leave=False) as progress:
-        for _, _, arrays in dataset.chunks(("numbers", "energy")):
+        for _, arrays in dataset.chunks(("numbers", "energy")):
             counts = composition(arrays["numbers"], elements)
             key = keys[first : first + len(counts)]
             first += len(counts)

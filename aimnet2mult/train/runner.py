@@ -286,7 +286,7 @@ def build_data(config: TrainConfig) -> Data:
     for f, part in train.datasets.items():
         labels = ", ".join(sorted(train.labels[f])) or "no labels"
         logger.info(
-            "fidelity %d: %d molecules, %d elements, %s (%s)", f, len(part), len(part.elements), labels, part.path
+            "fidelity %d: %d molecules, %d elements, %s (%s)", f, len(part), len(part.elements), labels, part.name
         )
     indices, held_out = split_indices(train, settings.val_fraction, config.seed)
     files = settings.val_fidelity_datasets or {}
@@ -561,7 +561,7 @@ class Run:
             num_fidelities=dataset.num_fidelities,
             fidelity_offset=self.config.fidelity_offset,
             use_fidelity_readouts=self.config.use_fidelity_readouts,
-            fidelity_names={f: part.path.stem for f, part in dataset.datasets.items()},
+            fidelity_names={f: part.files[0].stem for f, part in dataset.datasets.items()},
             sae=self.data.sae,
             species=dataset.species,
             extra={

@@ -36,7 +36,7 @@ def write_water(path, **more):
 
 def rows(dataset):
     """Every molecule of a file, as stored."""
-    for _, _, arrays in dataset.chunks(sorted(dataset.keys)):
+    for _, arrays in dataset.chunks(sorted(dataset.keys)):
         for i in range(len(arrays["energy"])):
             yield {key: values[i] for key, values in arrays.items()}
 

@@ -24,7 +24,8 @@ def molecules():
 
 def groups(path):
     return {
-        n: arrays for n, _, arrays in SizeGroupedDataset(path).chunks(("coord", "numbers", "charge", "mult", *LABELS))
+        arrays["numbers"].shape[1]: arrays
+        for _, arrays in SizeGroupedDataset(path).chunks(("coord", "numbers", "charge", "mult", *LABELS))
     }
 
 
