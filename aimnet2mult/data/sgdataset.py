@@ -350,7 +350,10 @@ class DatasetWriter:
         self._rows_written: dict[tuple[int, str], int] = {}
 
     def write(self, n_atoms: int, first: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write rows ``first``, ``first`` + 1 ... of the group of ``n_atoms`` atoms; arrays (k, ...)."""
+        """Write rows ``first``, ``first`` + 1 ... of the group of ``n_atoms`` atoms; arrays (k, ...).
+
+        Text (one string per molecule in a further array) is stored as UTF-8 of any length.
+        """
         where = f"{self._path}: group {n_atoms:03d}"
         missing = [key for key in REQUIRED_KEYS if key not in arrays]
         if missing:
@@ -359,6 +362,8 @@ class DatasetWriter:
         for key, values in arrays.items():
             values = np.asarray(values)
             _check_array(where, key, values.shape, values.dtype, rows, n_atoms)
+            if values.dtype.kind in "OU":
+                values = values.astype(h5py.string_dtype())
             if key not in group:
                 group.create_dataset(key, (self._sizes[n_atoms], *values.shape[1:]), values.dtype, **self._filters)
             group[key][first : first + rows] = values
