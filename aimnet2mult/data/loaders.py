@@ -1,4 +1,4 @@
-"""From a dataset to batches: the split into training and validation, and the loader."""
+"""From a dataset to batches: the loader."""
 
 import logging
 from collections.abc import Mapping
@@ -14,45 +14,6 @@ from aimnet2mult.data.sampler import MAX_PADDING, MixedFidelityBatchSampler
 logger = logging.getLogger(__name__)
 
 
-def split_indices(dataset: MultiFidelityDataset, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the molecules into training and validation at random, each fidelity by itself.
-
-    The split depends on the number of molecules of each fidelity and on the seed alone, so it is the same in every
-    process and after a restart.
-
-    Parameters
-    ----------
-    dataset : MultiFidelityDataset
-        The molecules.
-    val_fraction : float
-        Share of validation molecules, 0 to below 1. Above 0, every fidelity that has at least two molecules has at
-        least one for validation and one for training; a single molecule is for training.
-    seed : int
-        Seed of the split.
-
-    Returns
-    -------
-    train, val : numpy.ndarray
-        Ascending indices of molecules, int64.
-
-    Raises
-    ------
-    ValueError
-        ``val_fraction`` is out of range.
-    """
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"data.val_fraction: {val_fraction} is not a share from 0 to below 1, such as 0.1.")
-    validates = np.zeros(len(dataset), bool)
-    for f in range(dataset.num_fidelities):
-        members = np.flatnonzero(dataset.fidelities == f)
-        n_val = round(val_fraction * len(members))
-        if val_fraction > 0.0:
-            n_val = min(max(n_val, 1), len(members) - 1)
-        chosen = np.random.default_rng([seed, f]).permutation(len(members))[:n_val]
-        validates[members[chosen]] = True
-    return np.flatnonzero(~validates), np.flatnonzero(validates)
-
-
 def make_loader(
     dataset: MultiFidelityDataset,
     indices: np.ndarray | None = None,
@@ -63,6 +24,8 @@ def make_loader(
     batches_per_epoch: int = -1,
     sampling_strategy: str = "weighted",
     fidelity_weights: Mapping[int, float] | None = None,
+    fidelity_shares: Mapping[int, float] | None = None,
+    fidelity_names: Mapping[int, str] | None = None,
     max_padding: float = MAX_PADDING,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -83,7 +46,9 @@ def make_loader(
         The molecules.
     indices : numpy.ndarray, optional
         Those to use; default all.
-    batch_size, batch_mode, shuffle, batches_per_epoch, sampling_strategy, fidelity_weights, max_padding
+    batch_size, batch_mode, shuffle, batches_per_epoch, sampling_strategy
+        As in `MixedFidelityBatchSampler`.
+    fidelity_weights, fidelity_shares, fidelity_names, max_padding
         As in `MixedFidelityBatchSampler`.
     num_workers : int
         Processes that read; 0 reads in this one, which is faster for files whose arrays lie in one piece.
@@ -121,6 +86,8 @@ def make_loader(
         batches_per_epoch=batches_per_epoch,
         sampling_strategy=sampling_strategy,
         fidelity_weights=fidelity_weights,
+        fidelity_shares=fidelity_shares,
+        fidelity_names=fidelity_names,
         seed=seed,
         rank=rank,
         world_size=world_size,

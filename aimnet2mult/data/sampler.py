@@ -27,7 +27,7 @@ from aimnet2mult.config.builder import nearest
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("weighted", "uniform", "balanced")
+STRATEGIES = ("weighted", "uniform", "balanced", "shares")
 BATCH_MODES = ("molecules", "atoms")
 
 MAX_PADDING = 0.1
@@ -55,6 +55,9 @@ SPARE_SIGMAS = 3.0
 
 SHRINK = 0.995
 """Factor by which draws are taken back until a fixed number of batches holds them."""
+
+SHARES_TOLERANCE = 1e-6
+"""By how much the sum of given shares may differ from 1."""
 
 DRAWS, SHUFFLE, JITTER, DEAL = range(4)
 """Purposes of random numbers; each has a generator of its own."""
@@ -154,9 +157,14 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
     sampling_strategy : str
         ``"weighted"``: round(weight x number of molecules) draws of each fidelity per epoch, at least one unless the
         weight is zero. ``"uniform"``: each molecule once. ``"balanced"``: as many draws as there are molecules, the
-        same number for every fidelity.
+        same number for every fidelity. ``"shares"``: as many draws as there are molecules, in the shares of
+        ``fidelity_shares``.
     fidelity_weights : mapping of int to float, optional
         Weight of each fidelity, default 1; only ``"weighted"`` uses them.
+    fidelity_shares : mapping of int to float, optional
+        Share of the draws of each fidelity, 0 to 1, together 1; for the strategy ``"shares"`` only.
+    fidelity_names : mapping of int to str, optional
+        Names of the fidelities for messages and reports; default "fidelity 0", "fidelity 1" ...
     seed : int
         Seed of everything random.
     rank, world_size : int
@@ -190,6 +198,8 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         batches_per_epoch: int = -1,
         sampling_strategy: str = "weighted",
         fidelity_weights: Mapping[int, float] | None = None,
+        fidelity_shares: Mapping[int, float] | None = None,
+        fidelity_names: Mapping[int, str] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -210,7 +220,10 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         self.shuffle, self.strategy, self.seed = shuffle, sampling_strategy, seed
         self.rank, self.world_size, self.max_padding = rank, world_size, max_padding
         self._fixed = batches_per_epoch * world_size if batches_per_epoch > 0 else None
-        self._shares = self._asked_shares(fidelity_weights or {})
+        self._names = {f: (fidelity_names or {}).get(f, f"fidelity {f}") for f in self._members}
+        if shuffle:
+            _check_shares(fidelity_shares, sampling_strategy, self._names)
+        self._shares = self._asked_shares(fidelity_weights or {}, fidelity_shares or {})
         self._built: _Epoch | None = None
         self._cut_first: _Epoch | None = None
         self._epoch, self._first_batch = 0, 0
@@ -280,9 +293,11 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
     # how many draws of which fidelity
     # ----------------------------------------------------------------------------------------------
 
-    def _asked_shares(self, weights: Mapping[int, float]) -> dict[int, float]:
+    def _asked_shares(self, weights: Mapping[int, float], shares: Mapping[int, float]) -> dict[int, float]:
         """Share of the draws that each fidelity is to have."""
-        if self.shuffle and self.strategy == "balanced":
+        if self.shuffle and self.strategy == "shares":
+            demand = {f: shares[f] for f in self._members}
+        elif self.shuffle and self.strategy == "balanced":
             demand = dict.fromkeys(self._members, 1.0)
         elif self.shuffle and self.strategy == "weighted":
             demand = {f: weights.get(f, 1.0) * len(members) for f, members in self._members.items()}
@@ -554,3 +569,28 @@ def _check_weights(weights: Mapping[int, float], fidelities: list[int]) -> None:
                 f"data.fidelity_weights: fidelity {f} has the weight {weight}. "
                 "Give zero or a positive number; 1 draws each molecule once per epoch."
             )
+
+
+def _check_shares(shares: Mapping[int, float] | None, strategy: str, names: Mapping[int, str]) -> None:
+    if strategy != "shares":
+        if shares:
+            raise ValueError(
+                f"data.fidelity_shares: given, but sampling_strategy is {strategy}. Set sampling_strategy: shares, or "
+                "remove the shares."
+            )
+        return
+    shares = shares or {}
+    if unknown := sorted(set(shares) - set(names)):
+        known = ", ".join(names.values())
+        raise ValueError(f"data.fidelity_shares: no molecules to draw from for fidelity {unknown[0]} (known: {known}).")
+    total = sum(shares.values())
+    if missing := [name for f, name in names.items() if f not in shares]:
+        raise ValueError(
+            f"data.fidelity_shares: no share for {', '.join(missing)} (those given sum to {total:g}). "
+            "Give every fidelity a share, 0 for one that is not to be drawn."
+        )
+    for f, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, expected 0 to 1.")
+    if abs(total - 1.0) > SHARES_TOLERANCE:
+        raise ValueError(f"data.fidelity_shares: the shares sum to {total:.7g}, expected 1.")

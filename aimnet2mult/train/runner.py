@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 from aimnet2mult.config.builder import ConfigError, resolve
 from aimnet2mult.constants import element_names
-from aimnet2mult.data.loaders import make_loader, split_indices
+from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import load_sae
+from aimnet2mult.data.splits import split_indices
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS

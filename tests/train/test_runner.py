@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from aimnet2mult.data.collate import collate
-from aimnet2mult.data.loaders import split_indices
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import load_sae
+from aimnet2mult.data.splits import split_indices
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config, load_weights
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
