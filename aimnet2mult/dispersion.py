@@ -6,7 +6,7 @@ The two-body energy of both is
 
 S. Grimme, S. Ehrlich, L. Goerigk, J. Comput. Chem. 32, 1456 (2011), doi:10.1002/jcc.21759, with
 q_Z = √(½ √Z <r⁴>/<r²>). Functions take and give atomic units; the modules read Å and write eV. The three-body
-term is not part of it. Parameters of functionals: `aimnet2mult.tools.dispersion_params`.
+term is not part of it. Parameters of functionals: `aimnet2mult.dispersion_params`.
 """
 
 import math
@@ -322,29 +322,114 @@ class DFTD3(RationalDispersion):
                 references.append(k)
         return torch.tensor(references, dtype=torch.long, device=numbers.device)
 
-    def coordination_numbers(self, data: dict[str, Tensor]) -> Tensor:
-        """Coordination number of each atom, (B, N) or (A,), dtype of ``coord``."""
+    def counting_terms(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What each neighbour adds to the coordination number, the sum of covalent radii (Bohr), and who counts."""
         d_ij, _, mask = nbops.pair_vectors(data, "_lr")
         radius = (self.radius.to(d_ij.dtype) * self.radius_unit)[data["numbers"]]
         radius_ij = nbops.center(radius, data) + nbops.neighbors(radius, data, "_lr")
         count = counting_function(d_ij / self.bohr, radius_ij, self.steepness)
-        return nbops.neighbor_sum(count, mask & (d_ij < self.counting_cutoff)).to(d_ij.dtype)
+        return count, radius_ij, mask & (d_ij < self.counting_cutoff)
 
-    def c6_coefficients(self, data: dict[str, Tensor]) -> Tensor:
-        """C6 of the long-range pairs, (B, N, N) or (A, M), Eh·a0⁶, dtype of ``coord``."""
-        numbers, dtype = data["numbers"], data["coord"].dtype
-        index = self.references(numbers)
-        own = self.element[index] == numbers.unsqueeze(-1)
-        cn = self.coordination_numbers(data).unsqueeze(-1)
-        weights = reference_weights(cn, self.cn[index].to(dtype) / self.decimals, own, self.exponent)
-        averaged = weights @ (self.c6[index][:, index].to(dtype) / self.decimals)
+    def coordination_numbers(self, data: dict[str, Tensor]) -> Tensor:
+        """Coordination number of each atom, (B, N) or (A,), dtype of ``coord``."""
+        count, _, counted = self.counting_terms(data)
+        return nbops.neighbor_sum(count, counted).to(count.dtype)
+
+    def atomic_weights(self, data: dict[str, Tensor], index: Tensor, cn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the K references in each atom, and the tables that belong to the references.
+
+        Parameters
+        ----------
+        data : dict
+            Internal batch.
+        index : Tensor
+            (K,) the references (`references`).
+        cn : Tensor
+            Coordination numbers, (B, N) or (A,).
+
+        Returns
+        -------
+        weights : Tensor
+            (B, N, K) or (A, K).
+        reference_cn : Tensor
+            (K,) coordination numbers of the references.
+        reference_c6 : Tensor
+            (K, K), Eh·a0⁶.
+        """
+        own = self.element[index] == data["numbers"].unsqueeze(-1)
+        reference_cn = self.cn[index].to(cn.dtype) / self.decimals
+        weights = reference_weights(cn.unsqueeze(-1), reference_cn, own, self.exponent)
+        return weights, reference_cn, self.c6[index][:, index].to(cn.dtype) / self.decimals
+
+    def pair_products(self, averaged: Tensor, weights: Tensor, data: dict[str, Tensor]) -> Tensor:
+        """Σ_k averaged_ik weights_jk of the long-range pairs: (B, N, K) -> (B, N, N), or (A, K) -> (A, M)."""
         if not nbops.is_flat(data):
             return averaged @ weights.transpose(-1, -2)
         nbmat = data["nbmat_lr"]
-        if nbmat.shape[0] <= nbmat.shape[1] * index.shape[0]:
+        if nbmat.shape[0] <= nbmat.shape[1] * weights.shape[1]:
             # All atoms with all is the smaller array when most of them are neighbours.
             return (averaged @ weights.t()).gather(1, nbmat)
         return torch.bmm(weights[nbmat], averaged.unsqueeze(-1)).squeeze(-1)
+
+    def c6_coefficients(self, data: dict[str, Tensor]) -> Tensor:
+        """C6 of the long-range pairs, (B, N, N) or (A, M), Eh·a0⁶, dtype of ``coord``."""
+        index = self.references(data["numbers"])
+        weights, _, reference_c6 = self.atomic_weights(data, index, self.coordination_numbers(data))
+        return self.pair_products(weights @ reference_c6, weights, data)
+
+    @torch.jit.unused
+    def energy_and_forces(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Energy of this term alone and its forces, by the derivatives written out.
+
+        For worker processes that read data: one that was forked from a process that trains on a GPU cannot
+        differentiate automatically. With w'_i the derivative of the weights by CN_i, and
+        G_i = ∂E/∂CN_i = -Σ_j (w'_i C6_ref w_jᵀ) g_ij, where g_ij is the bracket in the module docstring,
+
+            F_i = Σ_j [ -C6_ij dg_ij/dr + (G_i + G_j) df_ij/dr ] r_ij/d_ij,
+
+        f being the counting function. There is no switch at the cutoff.
+
+        Parameters
+        ----------
+        data : dict
+            Internal batch, as for `forward`; no cell.
+
+        Returns
+        -------
+        energy : Tensor
+            (B,) float64, eV.
+        forces : Tensor
+            (B, N, 3) or (A, 3), eV/Å, dtype of ``coord``.
+        """
+        assert self.smoothing_on >= self.cutoff_lr
+        index = self.references(data["numbers"])
+        d_ij, r_ij, mask = nbops.pair_vectors(data, "_lr")
+        within = mask & (d_ij < self.cutoff_lr)
+        r = d_ij / self.bohr
+
+        count, radius_ij, counted = self.counting_terms(data)
+        count_slope = (-self.steepness * radius_ij / r.square() * count * (1.0 - count)).masked_fill(~counted, 0.0)
+        cn = nbops.neighbor_sum(count, counted).to(r.dtype)
+        weights, reference_cn, reference_c6 = self.atomic_weights(data, index, cn)
+        exponent_slope = -2.0 * self.exponent * (cn.unsqueeze(-1) - reference_cn)
+        weight_slope = weights * (exponent_slope - (weights * exponent_slope).sum(-1, keepdim=True))
+        c6_ij = self.pair_products(weights @ reference_c6, weights, data)
+        c6_slope = self.pair_products(weight_slope @ reference_c6, weights, data)
+
+        c8_ratio = self.c8_ratio(data)
+        r0_squared = (self.a1 * c8_ratio.sqrt() + self.a2).square()
+        r6, r0_6 = r**6, r0_squared**3
+        sixth, eighth = 1.0 / (r6 + r0_6), c8_ratio / (r6 * r.square() + r0_6 * r0_squared)
+        bracket = (self.s6 * sixth + self.s8 * eighth).masked_fill(~within, 0.0)
+        slope = -6.0 * self.s6 * r**5 * sixth.square() - 8.0 * self.s8 * r**7 * eighth.square() / c8_ratio
+        slope = slope.masked_fill(~within, 0.0)
+
+        energy = -0.5 * self.hartree * nbops.mol_sum(nbops.neighbor_sum(c6_ij * bracket, within), data)
+        cn_slope = -(c6_slope * bracket).sum(-1)
+        cn_slopes = nbops.center(cn_slope, data) + nbops.neighbors(cn_slope, data, "_lr")
+        along_pair = cn_slopes * count_slope - c6_ij * slope
+        forces = (along_pair.unsqueeze(-1) * (r_ij / d_ij.unsqueeze(-1))).sum(-2)
+        return energy, self.hartree / self.bohr * forces
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the dispersion energy.

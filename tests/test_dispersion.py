@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aimnet2mult.dispersion import D3TS, DFTD3, DispParam, quintic_switch, reference_weights
+from aimnet2mult.dispersion_params import BUILTIN, d3bj_parameters
 from aimnet2mult.neighborlist import neighbor_matrix
-from aimnet2mult.tools.dispersion_params import BUILTIN, d3bj_parameters
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
 
 # Energies and gradients of dftd3 1.7.0 without the three-body term; the file's "note" says how they were made.
@@ -177,6 +177,26 @@ def test_system_longer_than_the_cutoffs_agrees_with_dftd3():
     unlimited = d3()
     unlimited.set_cutoff(1e4, 0.0)
     assert abs(atomic_units(unlimited, data)[0] - energy) > ENERGY_TOLERANCE, "the cutoff must matter here"
+
+
+@pytest.mark.parametrize("layout", ["padded", "flat"])
+def test_forces_written_out_are_those_of_autograd(samples, layout):
+    heavy = [molecule(*HEAVY[name]) for name in HEAVY]
+    generator = torch.Generator().manual_seed(3)
+    chain = torch.rand(80, 3, generator=generator)  # longer than the cutoffs
+    chain[:, 0] += 1.5 * torch.arange(80)
+    molecules = [*samples, *heavy, molecule([6, 1, 8, 17] * 20, chain)]
+    data = padded(molecules, extra=2) if layout == "padded" else flat(molecules, extra_columns=3)
+    model = d3("b3lyp")
+    coord = data["coord"].clone().requires_grad_()
+    expected = model({**data, "coord": coord})["energy"]
+    (gradient,) = torch.autograd.grad(expected.sum(), coord)
+    with torch.no_grad():
+        energy, forces = model.energy_and_forces(data)
+    assert energy.dtype == torch.float64
+    assert gradient.abs().max() > 0.1
+    torch.testing.assert_close(energy, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(forces, -gradient, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("system", EXPECTED["periodic_systems"], ids=lambda s: s["name"])

@@ -63,7 +63,7 @@ def choose_dispersion(
     if functional is not None:
         if given:
             raise ValueError("--dispersion-functional and --dispersion-s6/-s8/-a1/-a2 exclude each other; give one")
-        from aimnet2mult.tools.dispersion_params import d3bj_parameters
+        from aimnet2mult.dispersion_params import d3bj_parameters
 
         damping = d3bj_parameters(functional)
         return Dispersion("d3bj", functional, {key: float(getattr(damping, key)) for key in ("s6", "s8", "a1", "a2")})

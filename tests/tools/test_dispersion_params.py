@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from aimnet2mult.tools import dispersion_params
-from aimnet2mult.tools.dispersion_params import (
+from aimnet2mult import dispersion_params
+from aimnet2mult.dispersion_params import (
     ALIASES,
     BUILTIN,
     D3Parameters,
     d3bj_parameters,
     known_functionals,
-    main,
     normalized,
 )
+from aimnet2mult.tools.dispersion_params import main
 
 HAS_DFTD3 = importlib.util.find_spec("dftd3") is not None
 needs_dftd3 = pytest.mark.skipif(not HAS_DFTD3, reason="needs the package dftd3")
