@@ -167,8 +167,10 @@ def save_checkpoint(
     fidelity_offset: int,
     use_fidelity_readouts: bool,
     fidelity_names: Mapping[int, str] | None = None,
+    fidelity_levels: Mapping[int, str] | None = None,
     sae: Mapping[int, Mapping[int, float]] | None = None,
     species: Mapping[int, Sequence[int]] | None = None,
+    dispersion: Mapping[int, Mapping[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a self-describing checkpoint, to a temporary name that is then moved into place.
@@ -185,10 +187,15 @@ def save_checkpoint(
         As in `build_model`.
     fidelity_names : mapping, optional
         Name of each fidelity.
+    fidelity_levels : mapping, optional
+        Level of theory of each fidelity, in words.
     sae : mapping, optional
         Self-atomic energies of each fidelity, {f: {Z: eV}}.
     species : mapping, optional
         Elements in the training data of each fidelity, {f: [Z]}.
+    dispersion : mapping, optional
+        Ledger of each fidelity: ``labels``, what dispersion they contained (plain types, `DispersionLabel.to_dict` of
+        `aimnet2mult.data.ledger`), and ``subtracted``, whether it was subtracted before training.
     extra : mapping, optional
         Further entries of plain Python types and tensors (state of the training).
     """
@@ -200,8 +207,13 @@ def save_checkpoint(
         "fidelity_offset": int(fidelity_offset),
         "use_fidelity_readouts": bool(use_fidelity_readouts),
         "fidelity_names": {int(f): str(name) for f, name in (fidelity_names or {}).items()},
+        "fidelity_levels": {int(f): str(level) for f, level in (fidelity_levels or {}).items()},
         "sae": {int(f): {int(z): float(e) for z, e in table.items()} for f, table in (sae or {}).items()},
         "species": {int(f): [int(z) for z in numbers] for f, numbers in (species or {}).items()},
+        "dispersion": {
+            int(f): {"labels": _plain(entry["labels"]), "subtracted": bool(entry["subtracted"])}
+            for f, entry in (dispersion or {}).items()
+        },
         "versions": versions(),
     }
     for key, value in (extra or {}).items():

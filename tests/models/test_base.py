@@ -80,6 +80,8 @@ def test_checkpoint_round_trip(tmp_path, small_config, molecules):
         fidelity_offset=200,
         use_fidelity_readouts=True,
         fidelity_names={0: "dft", 1: "xtb"},
+        fidelity_levels={0: "B3LYP/def2-SVP"},
+        dispersion={0: {"labels": {"method": "d3bj", "parameters": {"a1": 0.5}}, "subtracted": True}},
         sae={0: {1: -13.6}, 1: {1: -10.0}},
         species={0: [1], 1: [1]},
     )
@@ -88,6 +90,10 @@ def test_checkpoint_round_trip(tmp_path, small_config, molecules):
     assert checkpoint["model_config"] == small_config
     assert checkpoint["sae"] == {0: {1: -13.6}, 1: {1: -10.0}}
     assert checkpoint["fidelity_names"] == {0: "dft", 1: "xtb"}
+    assert checkpoint["fidelity_levels"] == {0: "B3LYP/def2-SVP"}
+    assert checkpoint["dispersion"] == {
+        0: {"labels": {"method": "d3bj", "parameters": {"a1": 0.5}}, "subtracted": True}
+    }
     assert count_fidelities(checkpoint["model"]) == 2
     again = build_model(checkpoint["model_config"], 2)
     load_weights(again, checkpoint["model"])
