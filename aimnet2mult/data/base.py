@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch.utils.data import Dataset
+
+from aimnet2mult.nbops import BATCH_KEYS
 
 INPUT_KEYS = ("coord", "numbers", "charge", "mult")
 """Keys of a sample that go into the model; its other keys are labels."""
@@ -18,6 +21,40 @@ Sample: TypeAlias = dict[str, Any]
 """One molecule: arrays without padding, ``coord`` (N, 3) float32 in Å, ``numbers`` (N,) int64 with fidelity encoded,
 ``charge`` and ``mult`` (), each label as in `aimnet2mult.nbops.BATCH_KEYS` or None where the molecule lacks it, and
 ``_fidelities``, an int. ``energy`` is what remains after the self-atomic energies have been subtracted, eV."""
+
+
+LABEL_COUNT_BYTES = 2**30
+"""Labels are counted one by one up to this size in memory, and from a sample beyond it."""
+
+SAMPLE_BLOCKS = 16
+"""Evenly spaced blocks of molecules that are looked at, of each number of atoms, where labels are counted from a
+sample."""
+
+SAMPLE_ROWS = 256
+"""Molecules in such a block."""
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """How many molecules of a dataset have a label.
+
+    Attributes
+    ----------
+    molecules : int
+        Those that have it.
+    missing : int
+        Those that lack it: their group has no such array, or the array is NaN in the row of the molecule.
+    exact : bool
+        Counted one by one; False: extrapolated from a sample.
+    """
+
+    molecules: int
+    missing: int
+    exact: bool
+
+    def __str__(self) -> str:
+        about = "" if self.exact else "about "
+        return f"{about}{self.molecules} of {self.molecules + self.missing}"
 
 
 class MoleculeSource(ABC):
@@ -94,6 +131,65 @@ class MoleculeSource(ABC):
         arrays : dict of str to numpy.ndarray
             (k, ...) for each key; copies that the caller may change.
         """
+
+    def label_bytes(self, keys: Sequence[str]) -> int:
+        """Estimate the size in memory of labels in single precision."""
+        numbers_per_atom, numbers_per_molecule = 0, 0
+        for key in self.keys.intersection(keys).intersection(BATCH_KEYS):
+            meaning = BATCH_KEYS[key]
+            n_numbers = int(np.prod(meaning.trailing, dtype=np.int64))
+            if meaning.kind == "atom":
+                numbers_per_atom += n_numbers
+            else:
+                numbers_per_molecule += n_numbers
+        return 4 * (numbers_per_atom * int(self.n_atoms.sum(dtype=np.int64)) + numbers_per_molecule * len(self))
+
+    def label_counts(self, keys: Sequence[str], max_bytes: int = LABEL_COUNT_BYTES) -> dict[str, LabelCount]:
+        """Count the molecules that have each label.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            The labels.
+        max_bytes : int
+            Read all labels if they take up to this size in memory. Beyond it, look at evenly spaced blocks of the
+            molecules of each number of atoms and extrapolate.
+
+        Returns
+        -------
+        dict of str to LabelCount
+            For each of ``keys``.
+        """
+        if self.label_bytes(keys) <= max_bytes:
+            counts = dict.fromkeys(keys, 0)
+            for _, arrays in self.chunks(keys):
+                for key, values in arrays.items():
+                    counts[key] += _count_present(values)
+            return {key: LabelCount(count, len(self) - count, exact=True) for key, count in counts.items()}
+        estimates, exact = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, True)
+        starts = np.flatnonzero(np.diff(self.n_atoms, prepend=-1))
+        for first, last in zip(starts.tolist(), [*starts[1:].tolist(), len(self)], strict=True):
+            sample = _evenly_spaced_blocks(first, last)
+            for _, arrays in self.read(sample, keys):
+                for key, values in arrays.items():
+                    estimates[key] += _count_present(values) * (last - first) / len(sample)
+                    exact[key] = exact[key] and len(sample) == last - first
+        return {key: LabelCount(round(count), len(self) - round(count), exact[key]) for key, count in estimates.items()}
+
+
+def _count_present(values: np.ndarray) -> int:
+    """Rows of (k, ...) without NaN."""
+    if values.dtype.kind != "f":
+        return len(values)
+    return int(np.count_nonzero(~np.isnan(values).reshape(len(values), -1).any(axis=1)))
+
+
+def _evenly_spaced_blocks(first: int, last: int) -> np.ndarray:
+    """Indices in ``first`` to before ``last``: all, or `SAMPLE_BLOCKS` blocks that include both ends."""
+    if last - first <= SAMPLE_BLOCKS * SAMPLE_ROWS:
+        return np.arange(first, last)
+    starts = np.linspace(first, last - SAMPLE_ROWS, SAMPLE_BLOCKS).astype(np.int64)
+    return (starts[:, None] + np.arange(SAMPLE_ROWS)).ravel()
 
 
 class MultiFidelityDataset(Dataset[Sample], ABC):

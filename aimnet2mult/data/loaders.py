@@ -1,7 +1,8 @@
 """From a dataset to batches: the loader."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,25 @@ from aimnet2mult.data.collate import collate
 from aimnet2mult.data.sampler import MAX_PADDING, MixedFidelityBatchSampler
 
 logger = logging.getLogger(__name__)
+
+
+class MoleculeLoader(DataLoader[Sample]):
+    """A loader that reports what is wrong with the data in the same words whether or not workers read them."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises a class of its own
+        batches = super().__iter__()
+        return batches if self.num_workers == 0 else _with_plain_errors(batches)
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches; the message of an error is freed from the traceback of the worker that torch puts before it."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        *traceback, last = str(error).strip().splitlines()
+        if not traceback:
+            raise
+        raise type(error)(last.partition(": ")[2]) from error
 
 
 def make_loader(
@@ -34,7 +54,7 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[Sample]:
+) -> MoleculeLoader:
     """Make a loader of batches ``(x, y)`` as `aimnet2mult.data.collate.collate` describes them.
 
     Its ``batch_sampler`` is a `MixedFidelityBatchSampler`; call ``loader.batch_sampler.set_epoch(epoch)`` before each
@@ -93,7 +113,7 @@ def make_loader(
         world_size=world_size,
         max_padding=max_padding,
     )
-    return DataLoader(
+    return MoleculeLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,

@@ -7,9 +7,16 @@ import numpy as np
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, element_names
-from aimnet2mult.data.base import FIDELITY_KEY, INPUT_KEYS, MoleculeSource, MultiFidelityDataset, Sample
+from aimnet2mult.data.base import (
+    FIDELITY_KEY,
+    INPUT_KEYS,
+    LabelCount,
+    MoleculeSource,
+    MultiFidelityDataset,
+    Sample,
+)
 from aimnet2mult.data.sae import sae_energy
-from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset
+from aimnet2mult.data.sgdataset import DatasetError, open_dataset
 from aimnet2mult.nbops import BATCH_KEYS, encode_fidelity
 
 LABEL_KEYS = tuple(
@@ -30,8 +37,8 @@ class MixedFidelityDataset(MultiFidelityDataset):
 
     Parameters
     ----------
-    datasets : mapping of int to str, Path or MoleculeSource
-        Dataset of each fidelity 0 ... F-1.
+    datasets : mapping of int to str, Path, sequence of these, or MoleculeSource
+        Dataset of each fidelity 0 ... F-1: a file, several files or patterns of names (`open_dataset`), or a source.
     sae : mapping of int to mapping of int to float, optional
         Self-atomic energies of each fidelity, atomic number -> eV. None leaves total energies.
     fidelity_offset : int
@@ -54,7 +61,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
 
     def __init__(
         self,
-        datasets: Mapping[int, str | Path | MoleculeSource],
+        datasets: Mapping[int, str | Path | Sequence[str | Path] | MoleculeSource],
         sae: Mapping[int, Mapping[int, float]] | None = None,
         fidelity_offset: int = FIDELITY_OFFSET,
         x: Sequence[str] = INPUT_KEYS,
@@ -70,8 +77,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
         self.fidelity_offset = fidelity_offset
         self.x, self.y = tuple(x), tuple(y)
         self.datasets: dict[int, MoleculeSource] = {
-            f: data if isinstance(data, MoleculeSource) else SizeGroupedDataset(data)
-            for f, data in sorted(datasets.items())
+            f: data if isinstance(data, MoleculeSource) else open_dataset(data) for f, data in sorted(datasets.items())
         }
         self.num_fidelities = len(self.datasets)
         lengths = [len(data) for data in self.datasets.values()]
@@ -103,6 +109,10 @@ class MixedFidelityDataset(MultiFidelityDataset):
         """Return file, group and row of a molecule, for messages."""
         fidelity = int(self.fidelities[index])
         return self.datasets[fidelity].where(int(index - self._starts[fidelity]))
+
+    def label_counts(self) -> dict[int, dict[str, LabelCount]]:
+        """Count, for each fidelity and each of ``y``, the molecules that have the label (`MoleculeSource`)."""
+        return {f: data.label_counts(self.y) for f, data in self.datasets.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Return the samples of the given molecules, in their order.

@@ -1,12 +1,16 @@
+import multiprocessing
 import random
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sgdataset import DatasetError
 from aimnet2mult.data.splits import split_indices
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -78,3 +82,90 @@ def test_pinning_without_a_gpu_does_nothing(dataset):
 def test_options_that_are_refused(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         make_loader(dataset, batch_size=8, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# workers
+# --------------------------------------------------------------------------------------------------
+
+
+class Watched(MixedFidelityDataset):
+    """Counts the batches that have been read, by all processes, and notes which processes read."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches_read = multiprocessing.Value("i", 0)
+
+    def __getitems__(self, indices):
+        with self.batches_read.get_lock():
+            self.batches_read.value += 1
+        return super().__getitems__(indices)
+
+
+@pytest.fixture
+def watched():
+    return Watched({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)})
+
+
+def worker_ids():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_number_of_workers(watched, num_workers):
+    before = worker_ids()
+    batches = iter(make_loader(watched, batch_size=20, num_workers=num_workers))
+    next(batches)
+    assert len(worker_ids() - before) == num_workers
+
+
+@pytest.mark.parametrize("persistent_workers", [True, False, None])
+def test_persistent_workers_live_through_epochs(watched, persistent_workers):
+    loader = make_loader(watched, batch_size=200, num_workers=2, persistent_workers=persistent_workers)
+    before, seen = worker_ids(), []
+    for _ in range(3):
+        for _ in loader:
+            workers = worker_ids() - before
+        seen.append(workers)
+        assert bool(worker_ids() - before) == (persistent_workers is not False)
+    assert all(len(workers) == 2 for workers in seen)
+    assert (seen[0] == seen[1] == seen[2]) == (persistent_workers is not False)
+
+
+@pytest.mark.parametrize(("prefetch_factor", "ahead"), [(1, 1), (4, 4), (None, 2)])
+def test_workers_read_so_many_batches_ahead(watched, prefetch_factor, ahead):
+    batches = iter(make_loader(watched, batch_size=10, num_workers=2, prefetch_factor=prefetch_factor))
+    for taken in (1, 2, 3):
+        next(batches)
+        expected = taken + 2 * ahead
+        for _ in range(200):
+            if watched.batches_read.value >= expected:
+                break
+            time.sleep(0.02)
+        time.sleep(0.05)  # no more than that
+        assert watched.batches_read.value == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fault_in_the_data_is_reported_in_the_same_words(tmp_path, num_workers):
+    path = tmp_path / "a.h5"
+    path.write_bytes((FIXTURES / "tiny_fid0.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        name = list(file)[-1]
+        file[name]["coord"][2, 0, 0] = np.nan
+    loader = make_loader(MixedFidelityDataset({0: path}), batch_size=16, num_workers=num_workers)
+    with pytest.raises(DatasetError) as error:
+        list(loader)
+    assert str(error.value) == (
+        f"{path}: group {name}: row 2: coord is NaN or infinite. Remove the molecule or repair the file."
+    )
+    if num_workers:
+        assert "__getitems__" in str(error.value.__cause__)  # the traceback of the worker, for developers
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pin_memory", [True, False])
+def test_batches_lie_in_pinned_memory(dataset, pin_memory):
+    x, y = next(iter(make_loader(dataset, batch_size=8, pin_memory=pin_memory)))
+    assert all(tensor.is_pinned() == pin_memory for tensor in (*x.values(), *y.values()))

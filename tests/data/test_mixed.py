@@ -5,10 +5,12 @@ import h5py
 import numpy as np
 import pytest
 
+from aimnet2mult.data.base import LabelCount
 from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset, write_dataset
 from aimnet2mult.nbops import decode_fidelity
+from aimnet2mult.utils.units import HARTREE_EV
 
 TESTS = Path(__file__).parents[1]
 TINY = {f: TESTS / "fixtures" / f"tiny_fid{f}.h5" for f in range(3)}
@@ -113,6 +115,55 @@ def test_nan_marks_a_missing_label(tmp_path):
     assert y["forces"][[0, 1, 3]].eq(1.0).all()
 
 
+def test_energy_may_be_missing_like_any_label(tmp_path):
+    energy = np.full(4, -2000.0)
+    energy[1] = np.nan
+    dataset = MixedFidelityDataset(
+        {0: write_water(tmp_path / "a.h5", energy=energy, forces=np.ones((4, 3, 3), np.float32))}, {0: SAE[0]}
+    )
+    _, y = collate(dataset.__getitems__(range(4)))
+    assert y["energy_mask"].tolist() == [True, False, True, True]
+    assert y["energy"][1] == 0.0
+    assert y["forces_mask"].all()
+    assert dataset.label_counts()[0]["energy"] == LabelCount(3, 1, exact=True)
+
+
+def test_narrow_types_of_numbers(tmp_path):
+    plain = MixedFidelityDataset({0: write_water(tmp_path / "a.h5")}, {0: SAE[0]})[0]
+    for kind in (np.int8, np.uint8):
+        numbers = np.tile(np.array([8, 1, 1], kind), (4, 1))
+        dataset = MixedFidelityDataset(
+            {f: write_water(tmp_path / f"{f}.h5", numbers=numbers) for f in range(2)}, {f: SAE[0] for f in range(2)}
+        )
+        assert dataset.species == {0: [1, 8], 1: [1, 8]}
+        assert dataset[0]["energy"] == plain["energy"]
+        assert dataset[7]["numbers"].tolist() == [208, 201, 201]
+
+
+def test_several_files_of_a_fidelity_and_their_units(tmp_path):
+    """The same molecules in eV, and in two files in Hartree, give the same samples."""
+    energy, charges = -2000.0 + np.arange(4.0), np.zeros((4, 3), np.float32)
+    one = write_water(tmp_path / "one.h5", energy=energy, charges=charges)
+    for name, rows in (("b1", slice(0, 1)), ("b2", slice(1, 4))):
+        groups = water(energy=energy / HARTREE_EV, charges=charges)
+        part = {3: {key: values[rows] for key, values in groups[3].items()}}
+        write_dataset(tmp_path / f"{name}.h5", part, {"energy_unit": "Hartree"})
+    dataset = MixedFidelityDataset({0: one, 1: tmp_path / "b*.h5", 2: [tmp_path / "b2.h5", tmp_path / "b1.h5"]})
+    assert np.bincount(dataset.fidelities).tolist() == [4, 4, 4]
+    assert dataset.where(6) == f"{tmp_path / 'b2.h5'}: group 003: row 1"
+    samples = dataset.__getitems__(range(12))
+    for index in range(4):
+        for f in (1, 2):
+            assert samples[4 * f + index]["energy"] == pytest.approx(samples[index]["energy"], abs=1e-12)
+    assert dataset.labels[1] == {"energy", "charges"}
+
+
+def test_labels_are_counted_for_each_fidelity():
+    counts = MixedFidelityDataset(TINY, SAE, y=("energy", "forces")).label_counts()
+    assert {f: count["energy"].molecules for f, count in counts.items()} == {0: 160, 1: 200, 2: 200}
+    assert counts[2]["forces"] == LabelCount(0, 200, exact=True)
+
+
 def test_label_that_some_sizes_lack(tmp_path):
     groups = water(forces=np.ones((4, 3, 3), np.float32))
     groups[1] = {key: values[:1, :1] if values.ndim > 1 else values[:1] for key, values in water()[3].items()}
@@ -197,11 +248,11 @@ def test_offset_that_mixes_up_elements():
     MixedFidelityDataset({0: TINY[0]}, fidelity_offset=50)
 
 
-def test_nan_energy_is_found_at_construction(tmp_path):
+def test_infinite_energy_is_found_at_construction(tmp_path):
     path = write_water(tmp_path / "a.h5")
     with h5py.File(path, "r+") as file:
-        file["003/energy"][1] = np.nan
-    with pytest.raises(DatasetError, match=r"a\.h5: group 003: row 1: energy is nan"):
+        file["003/energy"][1] = np.inf
+    with pytest.raises(DatasetError, match=r"a\.h5: group 003: row 1: energy is inf"):
         MixedFidelityDataset({0: path})
 
 

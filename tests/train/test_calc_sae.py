@@ -12,6 +12,7 @@ from aimnet2mult.data.sae import load_sae, sae_energy
 from aimnet2mult.data.sgdataset import SizeGroupedDataset, write_dataset
 from aimnet2mult.train import calc_sae as module
 from aimnet2mult.train.calc_sae import calc_sae, draw_sample, main
+from aimnet2mult.utils.units import HARTREE_EV
 
 SAE = {1: -15.8, 6: -1036.2, 8: -2044.7, 35: -70038.7}
 
@@ -88,6 +89,33 @@ def test_sample_does_not_depend_on_how_the_file_is_read(dataset, monkeypatch):
     np.testing.assert_array_equal(whole, pieces)
 
 
+@pytest.mark.parametrize("samples", [None, 500])
+def test_molecules_without_energy_are_left_out(dataset, tmp_path, samples):
+    with h5py.File(dataset, "r+") as file:
+        file["004/energy"][:900] = np.nan
+    fit = calc_sae(dataset, tmp_path / "sae.yaml", samples=samples)
+    assert fit.sae == pytest.approx(SAE, abs=1e-6)
+    assert fit.n_molecules == 1103 if samples is None else 500 <= fit.n_molecules <= 503
+    assert f"Fitted to {fit.n_molecules} of 2003 molecules" in (tmp_path / "sae.yaml").read_text()
+
+
+def test_several_files_and_patterns_are_one_dataset(dataset, tmp_path):
+    """The second file, in Hartree, holds the only molecule with fluorine."""
+    numbers = np.array([[9, 1]])
+    write(tmp_path / "more_hf.h5", {2: numbers}, energy={2: np.array([(-2713.0 - 15.8) / HARTREE_EV])})
+    with h5py.File(tmp_path / "more_hf.h5", "r+") as file:
+        file.attrs["energy_unit"] = "Hartree"
+    result = run(dataset, tmp_path / "more_*.h5", tmp_path / "sae.yaml")
+    assert result.exit_code == 0, result.output
+    assert load_sae(tmp_path / "sae.yaml") == pytest.approx({**SAE, 9: -2713.0}, abs=1e-6)
+    assert "Fitted to 2004 molecules of data.h5 and 1 more files" in (tmp_path / "sae.yaml").read_text()
+    assert calc_sae([dataset, tmp_path / "more_hf.h5"], tmp_path / "b.yaml").n_molecules == 2004
+
+
+def test_pattern_that_matches_no_file(dataset, tmp_path):
+    refused(run(dataset, tmp_path / "none*.h5", tmp_path / "sae.yaml"), tmp_path, "none*.h5: no file matches")
+
+
 def test_samples_beyond_the_file_take_all(dataset, tmp_path):
     assert calc_sae(dataset, tmp_path / "sae.yaml", samples=10**6).n_molecules == 2003
 
@@ -136,15 +164,37 @@ def test_file_that_is_not_hdf5(tmp_path):
     refused(run(tmp_path / "text.h5", tmp_path / "sae.yaml"), tmp_path, "text.h5: not an HDF5 file")
 
 
-def test_energy_that_is_not_finite_is_named_by_file_group_and_row(tmp_path):
+def test_infinite_energy_is_named_by_file_group_and_row(tmp_path):
     energy = np.arange(5.0)
-    energy[3] = np.nan
+    energy[3] = np.inf
     write(tmp_path / "data.h5", {2: np.ones((5, 2), int)}, energy={2: energy})
-    refused(run(tmp_path / "data.h5", tmp_path / "sae.yaml"), tmp_path, "data.h5: group 002: row 3: energy is nan")
+    refused(run(tmp_path / "data.h5", tmp_path / "sae.yaml"), tmp_path, "data.h5: group 002: row 3: energy is inf")
+
+
+def test_dataset_without_any_energy(tmp_path):
+    write(tmp_path / "data.h5", {2: np.ones((5, 2), int)}, energy={2: np.full(5, np.nan)})
+    refused(
+        run(tmp_path / "data.h5", tmp_path / "sae.yaml"), tmp_path, "data.h5: the energies of all 5 molecules are NaN"
+    )
+
+
+def test_element_without_any_energy(tmp_path):
+    write(tmp_path / "data.h5", {1: np.array([[1], [35], [1]])}, energy={1: np.array([-13.0, np.nan, -13.0])})
+    refused(
+        run(tmp_path / "data.h5", tmp_path / "sae.yaml"), tmp_path, "energies of all molecules with Br (35) are NaN"
+    )
+
+
+def test_dataset_as_the_last_name_is_not_overwritten(dataset, tmp_path):
+    """As when the name of the output was forgotten, or a shell's pattern stood at the end."""
+    other = tmp_path / "other.h5"
+    other.write_bytes(dataset.read_bytes())
+    refused(run(dataset, other), tmp_path, "other.h5: is a dataset; the last name is that of the YAML file to write")
+    assert other.read_bytes() == dataset.read_bytes()
 
 
 def test_output_is_checked_before_the_dataset_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SizeGroupedDataset", lambda path: pytest.fail("read before the output was checked"))
+    monkeypatch.setattr(module, "open_dataset", lambda files: pytest.fail("read before the output was checked"))
     result = run(tmp_path / "data.h5", tmp_path / "missing" / "sae.yaml")
     refused(result, tmp_path, "missing does not exist")
     refused(run(tmp_path / "data.h5", tmp_path), tmp_path, "is a folder")

@@ -117,9 +117,9 @@ def element_not_in_sae(folder):
     return []
 
 
-def energy_is_nan(folder):
+def energy_is_infinite(folder):
     def change(file):
-        file["003"]["energy"][1] = np.nan
+        file["003"]["energy"][1] = np.inf
 
     edit("fid0.h5", change)
     return []
@@ -143,7 +143,7 @@ MISTAKES = {
     "not HDF5": (not_hdf5, "{folder}/fid1.h5: not an HDF5 file"),
     "lengths disagree": (disagreeing_lengths, "{folder}/fid1.h5: group 003: "),
     "missing energy": (missing_energy, "{folder}/fid1.h5: group 003: "),
-    "NaN energy": (energy_is_nan, "{folder}/fid0.h5: group 003: row 1: energy is nan"),
+    "infinite energy": (energy_is_infinite, "{folder}/fid0.h5: group 003: row 1: energy is inf"),
     "element absent from SAE": (element_not_in_sae, "Br (35)"),
     "SAE is not a mapping": (sae_is_a_list, "sae1.yaml: "),
     "missing SAE file": (
