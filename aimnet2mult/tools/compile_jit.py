@@ -3,6 +3,10 @@
 ``python -m aimnet2mult.tools.compile_jit --weights model.pt --output model --fidelity-level 0`` writes
 ``model_fid0.jpt`` and ``model_fid0_meta.yaml``. What the checkpoint knows about itself needs no flag, and a flag
 that contradicts it is an error.
+
+That goes for dispersion, too: what training subtracted from the labels of the fidelity is what is embedded, with the
+very same parameters. Another correction than that is embedded on request, with a warning, but never on top of labels
+that contain dispersion.
 """
 
 from __future__ import annotations
@@ -28,6 +32,10 @@ logger = logging.getLogger(__name__)
 JPT_FORMAT_VERSION = 1
 """Version of the metadata of a compiled file."""
 
+SUBTRACTED = "subtracted from the labels"
+COMMAND_LINE = "command line"
+"""Where an embedded correction comes from, in the metadata."""
+
 SAE_TOLERANCE = 1e-6
 """eV; self-atomic energies on the command line and in the checkpoint may differ by so much."""
 
@@ -40,11 +48,18 @@ class Dispersion:
     functional: str | None = None
     parameters: dict[str, float] | None = None
 
+    @property
+    def text(self) -> str:
+        """For messages: ``D3(BJ) of b3lyp``."""
+        if self.method == "none":
+            return "no dispersion"
+        return f"D3(BJ) of {self.functional}" if self.functional else f"D3(BJ) with the parameters {self.parameters}"
+
 
 def choose_dispersion(
-    method: str, functional: str | None = None, parameters: Mapping[str, float | None] | None = None
-) -> Dispersion:
-    """Check what was asked for: a functional, or all of s6 (default 1), s8, a1, a2, not both.
+    method: str | None, functional: str | None = None, parameters: Mapping[str, float | None] | None = None
+) -> Dispersion | None:
+    """Check what was asked for: nothing (None), or a functional, or all of s6 (default 1), s8, a1, a2, not both.
 
     Raises
     ------
@@ -52,10 +67,10 @@ def choose_dispersion(
         Says which flag is missing, superfluous or unknown.
     """
     given = {key: float(value) for key, value in (parameters or {}).items() if value is not None}
-    if method == "none":
+    if method is None or method == "none":
         if functional is not None or given:
-            raise ValueError("--dispersion none takes no functional and no parameters; use --dispersion d3bj")
-        return Dispersion()
+            raise ValueError("a functional or parameters without D3(BJ): use --dispersion d3bj, or leave them out")
+        return None if method is None else Dispersion()
     if method == "d4":
         raise ValueError("--dispersion d4 is not available yet; use --dispersion d3bj or none")
     if method != "d3bj":
@@ -72,6 +87,66 @@ def choose_dispersion(
         flags = ", ".join(f"--dispersion-{key}" for key in missing)
         raise ValueError(f"--dispersion d3bj needs --dispersion-functional, or its own parameters: {flags} missing")
     return Dispersion("d3bj", None, {"s6": 1.0, **given})
+
+
+def dispersion_to_embed(
+    entry: Mapping[str, Any] | None, asked: Dispersion | None, fidelity: str
+) -> tuple[Dispersion, str | None]:
+    """The correction that belongs to a fidelity, by its ledger and what the user asks for.
+
+    Parameters
+    ----------
+    entry : mapping or None
+        ``labels`` and ``subtracted`` of the fidelity, as in checkpoints; None if the checkpoint does not say.
+    asked : Dispersion or None
+        What the user asks for; None for what belongs to the labels.
+    fidelity : str
+        What to call it in messages.
+
+    Returns
+    -------
+    dispersion : Dispersion
+        The correction.
+    source : str or None
+        Where it comes from, for the metadata.
+
+    Raises
+    ------
+    ValueError
+        A correction on top of labels that contain dispersion.
+    """
+    from aimnet2mult.data.ledger import DispersionLabel
+
+    chosen = asked or Dispersion()
+    source = None if chosen.method == "none" else COMMAND_LINE
+    if entry is None:
+        return chosen, source
+    labels = DispersionLabel.from_dict(entry["labels"])
+    if entry["subtracted"]:
+        if asked is None or asked.parameters == labels.parameters:
+            return Dispersion(labels.method, labels.functional, labels.parameters), SUBTRACTED
+        logger.warning(
+            f"{fidelity}: training subtracted {labels.text} from the labels, and this model gets {chosen.text}, as "
+            "--dispersion says: its energies and forces are not those of the labels' level of theory"
+        )
+    elif chosen.method == "none":
+        if asked is None and labels.method == "none":
+            logger.info(
+                f"{fidelity}: the labels contain no dispersion, and none is added. To add it: --dispersion d3bj "
+                "--dispersion-functional NAME"
+            )
+    elif labels.method == "unknown":
+        logger.warning(
+            f"{fidelity}: it was not stated which dispersion the labels contain. If they contain any, this model "
+            f"counts it twice with {chosen.text}"
+        )
+    elif labels.method != "none":
+        remedy = ", or train with subtract_dispersion: true for this fidelity" if labels.method == "d3bj" else ""
+        raise ValueError(
+            f"--dispersion d3bj: the labels of {fidelity} contain {labels.text}, which the network has learned; with "
+            f"{chosen.text} on top, dispersion would be counted twice. Leave the flag out{remedy}."
+        )
+    return chosen, source
 
 
 def differing_key(a: Any, b: Any, path: str = "") -> str | None:
@@ -100,6 +175,22 @@ def _agree(flag: str, given: Any, known: Any, default: Any) -> Any:
     if given is not None and given != known:
         raise ValueError(f"{flag} {given} contradicts the checkpoint, which says {known}; leave the flag out")
     return known
+
+
+def _fidelity(asked: int | str | None, count: int, names: Mapping[int, str]) -> int:
+    """Number of the fidelity that a number or name stands for; may be left out if there is one."""
+    numbers = range(count)
+    known = ", ".join(f"{f} ({names.get(f, 'no name')})" for f in numbers) if names else f"0..{count - 1}"
+    if asked is None:
+        if count > 1:
+            raise ValueError(f"--fidelity-level: the checkpoint has {count} fidelities, choose one of {known}")
+        return 0
+    by_name = {name: number for number, name in names.items()}
+    if asked in by_name:
+        return by_name[asked]
+    if str(asked) not in map(str, numbers):
+        raise ValueError(f"--fidelity-level {asked}: the checkpoint has the fidelities {known}")
+    return int(asked)
 
 
 def _model_config(checkpoint: Mapping[str, Any], path: str | Path | None) -> dict[str, Any]:
@@ -177,7 +268,7 @@ def compile_model(
     output: str | Path,
     *,
     model: str | Path | None = None,
-    fidelity_level: int | None = None,
+    fidelity_level: int | str | None = None,
     fidelity_offset: int | None = None,
     num_fidelities: int | None = None,
     use_fidelity_readouts: bool | None = None,
@@ -191,17 +282,19 @@ def compile_model(
     weights : str or Path
         Checkpoint.
     output : str or Path
-        Prefix of the files to write: ``<output>_fid<level>.jpt`` and ``<output>_fid<level>_meta.yaml``.
+        Prefix of the files to write: ``<output>_fid<N>.jpt`` and ``<output>_fid<N>_meta.yaml``, N the number of the
+        fidelity.
     model : str or Path, optional
         Model YAML file; needed only if the checkpoint does not hold its configuration.
-    fidelity_level : int, optional
-        Which fidelity; may be left out if there is one.
+    fidelity_level : int or str, optional
+        Number or name of the fidelity; may be left out if there is one.
     fidelity_offset, num_fidelities, use_fidelity_readouts : optional
         As in training; needed only for checkpoints that do not say.
     sae : str or Path, optional
         Self-atomic energies of the fidelity; needed only if the checkpoint does not hold them.
     dispersion : Dispersion, optional
-        Default: none.
+        Default: what was subtracted from the labels in training; none if nothing was, or if the checkpoint does not
+        say (`dispersion_to_embed`).
 
     Returns
     -------
@@ -211,18 +304,18 @@ def compile_model(
     Raises
     ------
     ValueError, FileNotFoundError, OSError
-        Flags that contradict the checkpoint or each other, files that are missing or cannot be written; nothing
-        is written then.
+        Flags that contradict the checkpoint or each other, dispersion that would be counted twice, files that are
+        missing or cannot be written; nothing is written then.
     """
     import torch
 
+    from aimnet2mult.dispersion import RationalDispersion
     from aimnet2mult.models.base import count_fidelities, load_checkpoint, versions
     from aimnet2mult.models.jit_wrapper import DeployableModel, save_jit_model
     from aimnet2mult.models.mixed_fidelity_aimnet2 import num_types
     from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
     from aimnet2mult.utils.files import atomic_path, check_writable
 
-    dispersion = dispersion or Dispersion()
     checkpoint = load_checkpoint(weights)
     state = checkpoint["model"]
     offset = _agree("--fidelity-offset", fidelity_offset, checkpoint.get("fidelity_offset"), FIDELITY_OFFSET)
@@ -234,40 +327,44 @@ def compile_model(
             f"--fidelity-offset {offset}: {count} fidelities then have {num_types(count, offset)} element types, the "
             f"embedding in {weights} has {state['afv.weight'].shape[0]} rows"
         )
-    if fidelity_level is None:
-        if count > 1:
-            raise ValueError(f"--fidelity-level: the checkpoint has {count} fidelities, choose one of 0..{count - 1}")
-        fidelity_level = 0
-    if not 0 <= fidelity_level < count:
-        raise ValueError(f"--fidelity-level {fidelity_level}: the checkpoint has the fidelities 0..{count - 1}")
+    names = checkpoint.get("fidelity_names") or {}
+    fidelity = _fidelity(fidelity_level, count, names)
+    name = names.get(fidelity)
+    label = f"fidelity {fidelity}" + (f" ({name})" if name else "")
+    ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
+    dispersion, source = dispersion_to_embed(ledger, dispersion, label)
     config = _model_config(checkpoint, model)
-    energies = _sae(checkpoint, fidelity_level, sae)
-    species = sorted((checkpoint.get("species") or {}).get(fidelity_level) or energies)
+    energies = _sae(checkpoint, fidelity, sae)
+    species = sorted((checkpoint.get("species") or {}).get(fidelity) or energies)
     without = [z for z in species if z not in energies]
     if without:
         raise ValueError(f"--sae: no self-atomic energy for {element_names(without)}, which the model was trained on")
 
-    jpt = Path(f"{output}_fid{fidelity_level}.jpt")
-    meta = Path(f"{output}_fid{fidelity_level}_meta.yaml")
+    jpt = Path(f"{output}_fid{fidelity}.jpt")
+    meta = Path(f"{output}_fid{fidelity}_meta.yaml")
     check_writable(jpt)
     check_writable(meta)
 
-    network = load_single_fidelity(checkpoint, config, fidelity_level, count, offset)
+    network = load_single_fidelity(checkpoint, config, fidelity, count, offset)
     beyond = [z for z in species if z >= network.num_types]
     if beyond:
         raise ValueError(f"{element_names(beyond)}: the embedding ends at Z = {network.num_types - 1}")
+    if dispersion.parameters is not None and any(isinstance(m, RationalDispersion) for m in network.readouts()):
+        raise ValueError(
+            f"{dispersion.text}: the model has a dispersion energy of its own among its outputs, and dispersion would "
+            "be counted twice. Use --dispersion none."
+        )
     network.add_output("self_atomic_energies", SelfAtomicEnergies({z: energies[z] for z in species}))
     if dispersion.parameters is not None:
         p = dispersion.parameters
         network.add_output("dftd3", DFTD3(s8=p["s8"], a1=p["a1"], a2=p["a2"], s6=p["s6"]))
-    name = (checkpoint.get("fidelity_names") or {}).get(fidelity_level)
-    label = f"fidelity {fidelity_level}" + (f" ({name})" if name else "")
     deployable = DeployableModel(network, species, label)
 
     metadata: dict[str, Any] = {
         "format_version": JPT_FORMAT_VERSION,
-        "fidelity_level": fidelity_level,
+        "fidelity_level": fidelity,
         "fidelity_name": name,
+        "level_of_theory": (checkpoint.get("fidelity_levels") or {}).get(fidelity),
         "num_fidelities": count,
         "units": {"energy": "eV", "forces": "eV/Å", "charges": "e", "coord": "Å"},
         "species": species,
@@ -276,7 +373,9 @@ def compile_model(
         "cutoff_lr": deployable.cutoff_lr,
         "coulomb": next((str(m.method) for m in network.readouts() if hasattr(m, "method")), None),
         "sae": {z: energies[z] for z in species},
+        "labels_dispersion": None if ledger is None else dict(ledger["labels"]),
         "dispersion": {
+            "source": source,
             "method": dispersion.method,
             "functional": dispersion.functional,
             "parameters": dispersion.parameters,
@@ -298,12 +397,16 @@ def compile_model(
 @click.option("--weights", required=True, type=click.Path(), help="Checkpoint of the training (.pt).")
 @click.option("--model", type=click.Path(), help="Model YAML file; only for checkpoints that do not hold it.")
 @click.option("--output", required=True, type=click.Path(), help="Prefix of the files: PREFIX_fidN.jpt and _meta.yaml.")
-@click.option("--fidelity-level", type=int, help="Fidelity to compile; may be left out if there is only one.")
+@click.option("--fidelity-level", help="Number or name of the fidelity to compile; may be left out if there is one.")
 @click.option("--fidelity-offset", type=int, help="Distance of the element types of two fidelities, as trained.")
 @click.option("--num-fidelities", type=int, help="Number of fidelities, as trained.")
 @click.option("--use-fidelity-readouts", type=bool, help="Readouts per fidelity, as trained (true or false).")
 @click.option("--sae", type=click.Path(), help="Self-atomic energies (YAML); only for checkpoints without them.")
-@click.option("--dispersion", default="none", metavar="[none|d3bj]", help="Dispersion correction to embed.")
+@click.option(
+    "--dispersion",
+    metavar="[none|d3bj]",
+    help="Dispersion correction to embed.  [default: what training subtracted from the labels]",
+)
 @click.option("--dispersion-functional", help="Functional whose D3(BJ) parameters to use, for instance b3lyp.")
 @click.option("--dispersion-s6", type=float, help="Own D3(BJ) parameter s6; 1 if left out.")
 @click.option("--dispersion-s8", type=float, help="Own D3(BJ) parameter s8.")
@@ -314,12 +417,12 @@ def main(
     weights: str,
     model: str | None,
     output: str,
-    fidelity_level: int | None,
+    fidelity_level: str | None,
     fidelity_offset: int | None,
     num_fidelities: int | None,
     use_fidelity_readouts: bool | None,
     sae: str | None,
-    dispersion: str,
+    dispersion: str | None,
     dispersion_functional: str | None,
     dispersion_s6: float | None,
     dispersion_s8: float | None,
@@ -327,6 +430,7 @@ def main(
     dispersion_a2: float | None,
 ) -> None:
     """Compile one fidelity of a trained model to TorchScript, total energies and dispersion included."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     own = {"s6": dispersion_s6, "s8": dispersion_s8, "a1": dispersion_a1, "a2": dispersion_a2}
     jpt, meta = compile_model(
         weights,

@@ -1,8 +1,11 @@
+import logging
+
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 
+from aimnet2mult.data.ledger import parse_dispersion
 from aimnet2mult.models.base import build_model, load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model, differing_key, main
@@ -34,10 +37,7 @@ def mixed(fixtures_dir, sae_file):
     ]
 
 
-@pytest.fixture
-def own_checkpoint(tmp_path, fixtures_dir):
-    config = load_model_config(fixtures_dir / "ref_single_model.yaml")
-    path = tmp_path / "own.pt"
+def save_own_checkpoint(path, config, **ledger):
     torch.manual_seed(0)
     save_checkpoint(
         path,
@@ -49,8 +49,42 @@ def own_checkpoint(tmp_path, fixtures_dir):
         fidelity_names={0: "dft", 1: "xtb"},
         sae={0: {1: -13.6, 8: -2041.8}, 1: {1: -10.7, 6: -50.0, 8: -104.0}},
         species={0: [1, 8], 1: [1, 6, 8]},
+        **ledger,
     )
     return path
+
+
+@pytest.fixture
+def own_config(fixtures_dir):
+    return load_model_config(fixtures_dir / "ref_single_model.yaml")
+
+
+@pytest.fixture
+def own_checkpoint(tmp_path, own_config):
+    return save_own_checkpoint(tmp_path / "own.pt", own_config)
+
+
+@pytest.fixture
+def with_ledger(tmp_path, own_config):
+    """Function: checkpoint whose fidelity 0 (dft) had labels with this dispersion."""
+
+    def save(dispersion, subtracted=False, config=own_config):
+        labels = parse_dispersion(dispersion, "x").to_dict()
+        other = parse_dispersion({"d4": "gfn2"}, "x").to_dict()
+        return save_own_checkpoint(
+            tmp_path / "ledger.pt",
+            config,
+            fidelity_levels={0: "B3LYP/def2-SVP"},
+            dispersion={0: {"labels": labels, "subtracted": subtracted}, 1: {"labels": other, "subtracted": False}},
+        )
+
+    return save
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="aimnet2mult.tools.compile_jit")
+    return caplog
 
 
 def test_reference_checkpoint_with_all_flags(run, mixed):
@@ -181,6 +215,185 @@ def test_single_fidelity_checkpoint(fixtures_dir, sae_file, tmp_path, reference,
     torch.testing.assert_close(
         out["forces"].double(), torch.tensor(reference("ref_single")["forces_f64"]), rtol=0, atol=1e-5
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# which fidelity
+# --------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_by_name(run, own_checkpoint, tmp_path):
+    result, files = run("--weights", own_checkpoint, "--fidelity-level", "xtb")
+    assert result.exit_code == 0, result.output
+    assert files == ["model_fid1.jpt", "model_fid1_meta.yaml"]
+    assert compile_model(own_checkpoint, tmp_path / "m", fidelity_level="dft")[0].name == "m_fid0.jpt"
+
+
+@pytest.mark.parametrize("level", ["xtbb", "2", "-1", "1.0"])
+def test_unknown_fidelity_lists_the_known_ones(run, own_checkpoint, level):
+    result, files = run("--weights", own_checkpoint, "--fidelity-level", level)
+    assert result.exit_code == 2
+    assert f"--fidelity-level {level}: the checkpoint has the fidelities 0 (dft), 1 (xtb)" in result.output
+    assert files == []
+
+
+# --------------------------------------------------------------------------------------------------
+# the dispersion ledger
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--dispersion", "d3bj", "--dispersion-functional", "B3LYP"],
+        ["--dispersion", "d3bj", "--dispersion-s8", 1.9889, "--dispersion-a1", 0.3981, "--dispersion-a2", 4.4211],
+    ],
+)
+def test_what_was_subtracted_is_embedded(run, with_ledger, tmp_path, log, flags):
+    result, files = run("--weights", with_ledger({"d3bj": "b3lyp"}, True), "--fidelity-level", "dft", *flags)
+    assert result.exit_code == 0, result.output
+    assert not [record for record in log.records if record.levelno >= logging.WARNING]
+    text = (tmp_path / "out" / files[1]).read_text()
+    meta = yaml.safe_load(text)
+    assert "&id" not in text
+    assert meta == load_jit_model(tmp_path / "out" / files[0]).metadata
+    parameters = {"s6": 1.0, "s8": 1.9889, "a1": 0.3981, "a2": 4.4211}
+    assert meta["dispersion"] == {
+        "source": "subtracted from the labels",
+        "method": "d3bj",
+        "functional": "b3lyp",
+        "parameters": parameters,
+    }
+    assert meta["labels_dispersion"] == {"method": "d3bj", "functional": "b3lyp", "parameters": parameters}
+    assert meta["level_of_theory"] == "B3LYP/def2-SVP"
+
+
+def test_the_embedded_correction_is_part_of_the_energy(with_ledger, tmp_path):
+    water = {
+        "coord": torch.tensor([[[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]]]),
+        "numbers": torch.tensor([[8, 1, 1]]),
+    }
+    checkpoint = with_ledger({"d3bj": "b3lyp"}, True)
+    energies = []
+    for dispersion in (
+        None,
+        choose_dispersion("none"),
+        choose_dispersion("d3bj", "b3lyp"),
+        choose_dispersion("d3bj", "pbe"),
+    ):
+        jpt, _ = compile_model(checkpoint, tmp_path / "m", fidelity_level=0, dispersion=dispersion)
+        energies.append(load_jit_model(jpt)(water)["energy"].item())
+    assert energies[0] == energies[2]
+    assert len(set(energies)) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen", "source"),
+    [
+        (["--dispersion", "none"], "no dispersion", None),
+        (["--dispersion", "d3bj", "--dispersion-functional", "pbe"], "D3(BJ) of pbe", "command line"),
+        (
+            ["--dispersion", "d3bj", "--dispersion-s8", 1.0, "--dispersion-a1", 0.4, "--dispersion-a2", 4.4],
+            "D3(BJ) with the parameters {'s6': 1.0, 's8': 1.0",
+            "command line",
+        ),
+    ],
+)
+def test_another_correction_than_was_subtracted_is_obeyed_with_a_warning(
+    run, with_ledger, tmp_path, log, flags, chosen, source
+):
+    result, files = run("--weights", with_ledger({"d3bj": "b3lyp"}, True), "--fidelity-level", 0, *flags)
+    assert result.exit_code == 0, result.output
+    (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    assert warning.startswith("fidelity 0 (dft): training subtracted D3(BJ) of b3lyp from the labels, and this model")
+    assert chosen in warning
+    assert "not those of the labels' level of theory" in warning
+    assert yaml.safe_load((tmp_path / "out" / files[1]).read_text())["dispersion"]["source"] == source
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "remedy"),
+    [
+        ({"d3bj": "pbe"}, "D3(BJ) of pbe", "or train with subtract_dispersion: true for this fidelity."),
+        ({"d4": "gfn2"}, "D4 of gfn2", "Leave the flag out."),
+        ("vv10", "VV10", "Leave the flag out."),
+    ],
+)
+def test_dispersion_is_not_counted_twice(run, with_ledger, log, labels, text, remedy):
+    checkpoint = with_ledger(labels)
+    result, files = run(
+        "--weights", checkpoint, "--fidelity-level", 0, "--dispersion", "d3bj", "--dispersion-functional", "pbe"
+    )
+    assert result.exit_code == 2
+    assert f"the labels of fidelity 0 (dft) contain {text}, which the network has learned" in result.output
+    assert "dispersion would be counted twice" in result.output
+    assert remedy in result.output
+    assert len(result.output.strip().split("\n")) == 1
+    assert files == []
+    for flags in ([], ["--dispersion", "none"]):
+        result, files = run("--weights", checkpoint, "--fidelity-level", 0, *flags)
+        assert result.exit_code == 0, result.output
+        assert len(files) == 2
+    assert not [record for record in log.records if record.levelno >= logging.WARNING]
+
+
+def test_labels_without_dispersion(run, with_ledger, tmp_path, log):
+    checkpoint = with_ledger("none")
+    result, files = run("--weights", checkpoint, "--fidelity-level", 0)
+    assert result.exit_code == 0, result.output
+    assert "the labels contain no dispersion, and none is added. To add it: --dispersion d3bj" in log.text
+    meta = yaml.safe_load((tmp_path / "out" / files[1]).read_text())
+    assert meta["dispersion"] == {"source": None, "method": "none", "functional": None, "parameters": None}
+    assert meta["labels_dispersion"]["method"] == "none"
+    log.clear()
+    result, _ = run("--weights", checkpoint, "--fidelity-level", 0, "--dispersion", "none")
+    assert "To add it" not in log.text
+    result, _ = run(
+        "--weights", checkpoint, "--fidelity-level", 0, "--dispersion", "d3bj", "--dispersion-functional", "pbe"
+    )
+    assert result.exit_code == 0, result.output
+    assert not [record for record in log.records if record.levelno >= logging.WARNING]
+    assert yaml.safe_load((tmp_path / "out" / files[1]).read_text())["dispersion"]["source"] == "command line"
+
+
+def test_unknown_labels_may_be_corrected_with_a_warning(run, with_ledger, log):
+    checkpoint = with_ledger("unknown")
+    result, _ = run("--weights", checkpoint, "--fidelity-level", 0)
+    assert result.exit_code == 0, result.output
+    assert "twice" not in log.text
+    result, _ = run(
+        "--weights", checkpoint, "--fidelity-level", 0, "--dispersion", "d3bj", "--dispersion-functional", "pbe"
+    )
+    assert result.exit_code == 0, result.output
+    assert "it was not stated which dispersion the labels contain. If they contain any, this model counts" in log.text
+
+
+def test_checkpoint_without_a_ledger_does_as_it_is_told(run, own_checkpoint, tmp_path, log):
+    result, files = run("--weights", own_checkpoint, "--fidelity-level", 0)
+    assert result.exit_code == 0, result.output
+    meta = yaml.safe_load((tmp_path / "out" / files[1]).read_text())
+    assert (meta["labels_dispersion"], meta["dispersion"]["method"]) == (None, "none")
+    flags = ["--dispersion", "d3bj", "--dispersion-functional", "pbe"]
+    result, _ = run("--weights", own_checkpoint, "--fidelity-level", 0, *flags)
+    assert result.exit_code == 0, result.output
+    meta = yaml.safe_load((tmp_path / "out" / files[1]).read_text())
+    assert (meta["dispersion"]["source"], meta["dispersion"]["functional"]) == ("command line", "pbe")
+    assert not [record for record in log.records if record.levelno >= logging.WARNING]
+
+
+def test_dispersion_among_the_outputs_of_the_model_is_not_doubled(run, with_ledger, own_config):
+    own_config["kwargs"]["outputs"]["dftd3"] = {
+        "class": "aimnet2mult.modules.DFTD3",
+        "kwargs": {"s8": 0.3908, "a1": 0.566, "a2": 3.128},
+    }
+    checkpoint = with_ledger({"d3bj": "b3lyp"}, True, own_config)
+    result, files = run("--weights", checkpoint, "--fidelity-level", 0)
+    assert result.exit_code == 2
+    assert "D3(BJ) of b3lyp: the model has a dispersion energy of its own among its outputs" in result.output
+    assert files == []
+    result, _ = run("--weights", checkpoint, "--fidelity-level", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_differing_key():
