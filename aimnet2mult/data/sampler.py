@@ -3,8 +3,9 @@
 An epoch is made in three steps, and depends on nothing but the seed and the number of the epoch.
 
 1. *Draws.* Each fidelity has an endless sequence of its molecules: one random permutation after the other. An epoch
-   takes the next piece of every sequence; how long the pieces are is what the strategy says. So shares are exact,
-   and no molecule comes again before all others of its fidelity have come, across epochs, too.
+   takes the next piece of every sequence; how long the pieces are is what the strategy says. So no molecule comes
+   again before all others of its fidelity have come, across epochs, too. Where an epoch's draws of a fidelity are not
+   a whole number, the epochs differ by one such that the shares stay exact over the whole training.
 2. *Batches.* The draws of all fidelities are put in the order of ln(number of atoms) + a random number from a narrow
    interval, and cut into pieces: molecules of similar, not always equal, size meet, and all fidelities mix. Where
    that alone leaves too much padding in an epoch, batches end before sizes that would pad them too much.
@@ -12,13 +13,15 @@ An epoch is made in three steps, and depends on nothing but the seed and the num
    batches, and all processes the same number of them: where the cut gave fewer, the largest batches are halved.
 """
 
+import hashlib
 import heapq
 import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -45,22 +48,26 @@ BLOCK_DRAWS = 65536
 """Draws for which permutations of a small fidelity are made at a time."""
 
 SPARE = 0.01
-"""Share of batches beyond those of epoch 0, for epochs whose draws happen to be larger molecules."""
+"""Share of batches beyond those of epoch 0, for epochs that are cut less well."""
 
 SPARE_BATCHES = 2
 """Such batches in addition to `SPARE`."""
 
-SPARE_SIGMAS = 3.0
-"""Room for larger molecules where a number of batches in atoms is fixed, in standard deviations of an epoch's atoms."""
+SPARE_SIGMAS = 5.0
+"""Room for epochs whose draws happen to be larger molecules, in standard deviations of an epoch's atoms: one epoch in
+a few million has more."""
 
 SHRINK = 0.995
-"""Factor by which draws are taken back until a fixed number of batches holds them."""
+"""Factor by which draws are taken back until the batches hold them."""
 
 SHARES_TOLERANCE = 1e-6
 """By how much the sum of given shares may differ from 1."""
 
 DRAWS, SHUFFLE, JITTER, DEAL = range(4)
 """Purposes of random numbers; each has a generator of its own."""
+
+ORDER_VERSION = 2
+"""Changed whenever the same settings give other batches than before, since a saved position has no meaning then."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,11 @@ class SamplerReport:
     Attributes
     ----------
     strategy : str
-        ``weighted``, ``uniform``, ``balanced``, or ``in order`` (not shuffled).
+        ``weighted``, ``uniform``, ``balanced``, ``shares``, or ``in order`` (not shuffled).
     epoch : int
         Number of the epoch.
+    names : dict of int to str
+        Name of each fidelity.
     molecules : dict of int to int
         Molecules that each fidelity has.
     asked : dict of int to float
@@ -89,6 +98,7 @@ class SamplerReport:
 
     strategy: str
     epoch: int
+    names: dict[int, str]
     molecules: dict[int, int]
     asked: dict[int, float]
     draws: dict[int, int]
@@ -112,15 +122,40 @@ class SamplerReport:
         """Share of padding among the atoms of all batches."""
         return 1.0 - self.atoms / self.padded_atoms
 
+    @property
+    def molecules_per_batch(self) -> float:
+        """Mean number of molecules of a batch."""
+        return sum(self.draws.values()) / self.batches
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain Python objects, to be written as JSON or YAML; fidelities by name."""
+        fidelities = {
+            self.names[f]: {
+                "molecules": self.molecules[f],
+                "draws": draws,
+                "asked_share": self.asked[f],
+                "realised_share": self.realised[f],
+                "effective_epochs": self.effective_epochs[f],
+            }
+            for f, draws in self.draws.items()
+        }
+        return {
+            "strategy": self.strategy,
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "molecules_per_batch": self.molecules_per_batch,
+            "padding": self.padding,
+            "fidelities": fidelities,
+        }
+
     def __str__(self) -> str:
-        total = sum(self.draws.values())
         lines = [
-            f"epoch {self.epoch}, {self.strategy}: {total} molecules in {self.batches} batches, "
-            f"{total / self.batches:.1f} molecules per batch, {100 * self.padding:.1f} % padding"
+            f"epoch {self.epoch}, {self.strategy}: {sum(self.draws.values())} molecules in {self.batches} batches, "
+            f"{self.molecules_per_batch:.1f} molecules per batch, {100 * self.padding:.1f} % padding"
         ]
         lines += [
-            f"  fidelity {f}: {n} draws of {self.molecules[f]} molecules (each {self.effective_epochs[f]:.3g} times), "
-            f"share {100 * self.realised[f]:.2f} %, asked for {100 * self.asked[f]:.2f} %"
+            f"  {self.names[f]}: {n} draws of {self.molecules[f]} molecules (each {self.effective_epochs[f]:.3g} "
+            f"times), share {100 * self.realised[f]:.2f} %, asked for {100 * self.asked[f]:.2f} %"
             for f, n in self.draws.items()
         ]
         return "\n".join(lines)
@@ -155,14 +190,13 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         Batches of each process in an epoch; -1 for as many as the draws of the strategy need. Shares are the same in
         both cases. Without ``shuffle`` at most so many batches in all, evenly spaced over the sizes.
     sampling_strategy : str
-        ``"weighted"``: round(weight x number of molecules) draws of each fidelity per epoch, at least one unless the
-        weight is zero. ``"uniform"``: each molecule once. ``"balanced"``: as many draws as there are molecules, the
-        same number for every fidelity. ``"shares"``: as many draws as there are molecules, in the shares of
-        ``fidelity_shares``.
+        ``"weighted"``: weight x number of molecules draws of each fidelity per epoch. ``"uniform"``: each molecule
+        once. ``"balanced"``: as many draws as there are molecules, the same number for every fidelity. ``"shares"``:
+        as many draws as there are molecules, in the shares of ``fidelity_shares``.
     fidelity_weights : mapping of int to float, optional
         Weight of each fidelity, default 1; only ``"weighted"`` uses them.
     fidelity_shares : mapping of int to float, optional
-        Share of the draws of each fidelity, 0 to 1, together 1; for the strategy ``"shares"`` only.
+        Share of the draws of each fidelity that has molecules, 0 to 1, together 1; for the strategy ``"shares"`` only.
     fidelity_names : mapping of int to str, optional
         Names of the fidelities for messages and reports; default "fidelity 0", "fidelity 1" ...
     seed : int
@@ -177,13 +211,17 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
     Raises
     ------
     ValueError
-        An option out of range, or a weight that is negative, not finite, or for a fidelity that has no data.
+        An option out of range, a weight that is negative, not finite, or for a fidelity that has no data, shares that
+        do not sum to 1, lack a fidelity, or are given for another strategy.
 
     Notes
     -----
-    `set_epoch` chooses the epoch; without it every pass gives the same batches. Only if the molecules of an epoch turn
-    out so much larger than those of epoch 0 that the number of batches does not hold them, some draws are left out,
-    the same share of each fidelity (logged).
+    `set_epoch` chooses the epoch; without it every pass gives the same batches. `state` and `restore` go on in the
+    middle of an epoch.
+
+    With ``batch_mode="atoms"`` all epochs have as many batches, and yet molecules of random sizes: there is room for
+    all but one epoch in a few million. In such an epoch some draws are left out, the same share of each fidelity
+    (logged).
     """
 
     def __init__(
@@ -206,30 +244,27 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         max_padding: float = MAX_PADDING,
     ) -> None:
         _check_options(batch_size, batch_mode, batches_per_epoch, sampling_strategy, max_padding)
-        if shuffle:
-            _check_weights(fidelity_weights or {}, np.unique(fidelities).tolist())
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} processes; expected 0 to {world_size - 1}")
         self._n_atoms = np.asarray(n_atoms, np.int32)
-        indices = np.arange(len(n_atoms)) if indices is None else np.asarray(indices, np.int64)
-        if len(indices) == 0:
+        self._fidelities = np.asarray(fidelities)
+        known = np.unique(self._fidelities).tolist()
+        self._members = _molecules_by_fidelity(self._fidelities, known, indices)
+        if not self._members:
             raise ValueError("data: no molecules to draw from. Give more data or a smaller data.val_fraction.")
-        of_index = np.asarray(fidelities)[indices]
-        self._members = {f: indices[of_index == f] for f in np.unique(of_index).tolist()}
+        self._names = {f: (fidelity_names or {}).get(f, f"fidelity {f}") for f in known}
         self.batch_size, self.by_atoms = batch_size, batch_mode == "atoms"
-        self.shuffle, self.strategy, self.seed = shuffle, sampling_strategy, seed
+        self.shuffle, self.strategy, self.seed = shuffle, sampling_strategy if shuffle else "in order", seed
         self.rank, self.world_size, self.max_padding = rank, world_size, max_padding
         self._fixed = batches_per_epoch * world_size if batches_per_epoch > 0 else None
-        self._names = {f: (fidelity_names or {}).get(f, f"fidelity {f}") for f in self._members}
-        if shuffle:
-            _check_shares(fidelity_shares, sampling_strategy, self._names)
-        self._shares = self._asked_shares(fidelity_weights or {}, fidelity_shares or {})
         self._built: _Epoch | None = None
         self._cut_first: _Epoch | None = None
         self._epoch, self._first_batch = 0, 0
+        self._digest = ""
         self._note_oversized()
+        self._demand = {f: Fraction(len(members)) for f, members in self._members.items()}
         if shuffle:
-            self._draws = self._draws_per_epoch(fidelity_weights or {})
+            self._demand = self._asked_draws(fidelity_weights or {}, fidelity_shares or {})
             self._n_batches = self._batches_per_epoch()
         if self._fixed is not None and (padding := self.report().padding) > max_padding:
             logger.warning(
@@ -241,11 +276,90 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
     # the epoch as seen from outside
     # ----------------------------------------------------------------------------------------------
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch of this process to begin with (to go on in the middle of an epoch)."""
+    def set_epoch(self, epoch: int, first_batch: int | None = None) -> None:
+        """Choose the epoch, and the batch of this process to begin with.
+
+        Without ``first_batch`` an epoch begins with its first batch; the epoch that is set already keeps its beginning,
+        so that a trainer may set the epoch after `restore`, too.
+        """
         if epoch != self._epoch:
             self._built = None
-        self._epoch, self._first_batch = epoch, first_batch
+            self._first_batch = 0
+        self._epoch = epoch
+        if first_batch is not None:
+            self._first_batch = first_batch
+
+    def state(self, batches_done: int) -> dict[str, Any]:
+        """Describe where training stands, in plain numbers and words.
+
+        The count comes from the trainer, since worker processes of a loader take batches before they are needed. It is
+        the same in all processes, so that one state serves all of them.
+
+        Parameters
+        ----------
+        batches_done : int
+            Batches of the current epoch that this process has trained on, from the beginning of the epoch (those before
+            an interruption included).
+
+        Returns
+        -------
+        dict
+            ``epoch``, ``batches_done`` and ``settings``, all that the draws depend on. After the last batch of an epoch
+            it says: the next epoch, no batches.
+        """
+        count = len(self._own_batches())
+        if not 0 <= batches_done <= count:
+            raise ValueError(f"batches_done: {batches_done} of epoch {self._epoch}, which has {count} batches")
+        epoch, done = (self._epoch + 1, 0) if batches_done == count else (self._epoch, batches_done)
+        return {"epoch": epoch, "batches_done": done, "settings": self._settings()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a sampler of the same data and settings stood: the remaining batches of its epoch come next.
+
+        Parameters
+        ----------
+        state : mapping
+            What `state` returned.
+
+        Raises
+        ------
+        ValueError
+            Not such a state, or one of other data or settings; the message names them.
+        """
+        if missing := [key for key in ("epoch", "batches_done", "settings") if key not in state]:
+            raise ValueError(f"state of the sampler: {', '.join(missing)} missing. Give what `state` returned.")
+        saved, now = state["settings"], self._settings()
+        keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+        if keys:
+            differences = "; ".join(f"{key}: {saved.get(key, 'none')}, now {now.get(key, 'none')}" for key in keys)
+            raise ValueError(
+                f"state of the sampler: saved with other data or settings ({differences}). "
+                "Go on with the same ones, or begin a new run from the saved weights."
+            )
+        self.set_epoch(state["epoch"], state["batches_done"])
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the batches of this process's epochs depend on, by names for messages."""
+        if not self._digest:
+            content = hashlib.blake2b(digest_size=8)
+            for array in (self._n_atoms, *self._members.values()):
+                content.update(np.ascontiguousarray(array).data)
+            self._digest = content.hexdigest()
+        settings = {
+            "version of the order": ORDER_VERSION,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "sampling_strategy": self.strategy,
+            "batch_size": self.batch_size,
+            "batch_mode": "atoms" if self.by_atoms else "molecules",
+            "batches_per_epoch": -1 if self._fixed is None else self._fixed // self.world_size,
+            "max_padding": self.max_padding,
+            "world_size": self.world_size,
+        }
+        for f, members in self._members.items():
+            settings[f"molecules of {self._names[f]}"] = len(members)
+            settings[f"draws of {self._names[f]} per epoch"] = float(self._demand[f])
+        return {**settings, "digest of the molecules' sizes and indices": self._digest}
 
     def __len__(self) -> int:
         """Return the number of batches that this process has in the current epoch, from ``first_batch`` on."""
@@ -262,24 +376,20 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         used = np.zeros(len(epoch.bounds) - 1, bool)
         used[epoch.dealt] = True
         padded = padded_atoms(self._n_atoms[epoch.molecules], epoch.bounds)
-        kept = epoch.molecules[np.repeat(used, np.diff(epoch.bounds))]
+        kept = epoch.molecules if used.all() else epoch.molecules[np.repeat(used, np.diff(epoch.bounds))]
+        fidelities = self._fidelities[kept]
+        demand = sum(self._demand.values())
         return SamplerReport(
-            strategy=self.strategy if self.shuffle else "in order",
+            strategy=self.strategy,
             epoch=self._epoch,
+            names={f: self._names[f] for f in self._members},
             molecules={f: len(members) for f, members in self._members.items()},
-            asked=self._shares,
-            draws=self._count_by_fidelity(kept),
+            asked={f: float(part / demand) for f, part in self._demand.items()},
+            draws={f: int(np.count_nonzero(fidelities == f)) for f in self._members},
             batches=int(used.sum()),
             atoms=int(self._n_atoms[kept].sum(dtype=np.int64)),
             padded_atoms=int(padded[used].sum()),
         )
-
-    def _count_by_fidelity(self, molecules: np.ndarray) -> dict[int, int]:
-        fidelity_of = np.full(len(self._n_atoms), -1, np.int16)
-        for f, members in self._members.items():
-            fidelity_of[members] = f
-        drawn = fidelity_of[molecules]
-        return {f: int(np.count_nonzero(drawn == f)) for f in self._members}
 
     def _own_batches(self) -> np.ndarray:
         return self._current().dealt[self.rank :: self.world_size]
@@ -293,67 +403,104 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
     # how many draws of which fidelity
     # ----------------------------------------------------------------------------------------------
 
-    def _asked_shares(self, weights: Mapping[int, float], shares: Mapping[int, float]) -> dict[int, float]:
-        """Share of the draws that each fidelity is to have."""
-        if self.shuffle and self.strategy == "shares":
-            demand = {f: shares[f] for f in self._members}
-        elif self.shuffle and self.strategy == "balanced":
-            demand = dict.fromkeys(self._members, 1.0)
-        elif self.shuffle and self.strategy == "weighted":
-            demand = {f: weights.get(f, 1.0) * len(members) for f, members in self._members.items()}
-        else:
-            demand = {f: float(len(members)) for f, members in self._members.items()}
-        total = sum(demand.values())
-        if total == 0.0:
+    def _asked_draws(self, weights: Mapping[int, float], shares: Mapping[int, float]) -> dict[int, Fraction]:
+        """Draws of each fidelity in an epoch, not rounded."""
+        _check_weights(weights, self._names)
+        _check_shares(shares, self.strategy, self._names, self._members)
+        counts = {f: len(members) for f, members in self._members.items()}
+        if self.strategy == "weighted":
+            demand = {f: _fraction(weights.get(f, 1.0)) * n for f, n in counts.items()}
+        elif any(weight != 1.0 for weight in weights.values()):
+            logger.warning(f"data.fidelity_weights are not used: sampling_strategy is {self.strategy}, not weighted.")
+        if self.strategy == "uniform":
+            demand = {f: Fraction(n) for f, n in counts.items()}
+        if self.strategy == "balanced":
+            demand = scaled(dict.fromkeys(counts, Fraction(1)), sum(counts.values()))
+        if self.strategy == "shares":
+            demand = scaled({f: _fraction(shares[f]) for f in counts}, sum(counts.values()))
+        if not any(demand.values()):
             raise ValueError(
-                f"data.fidelity_weights: all weights are zero (fidelities: {_listed(self._members)}). "
+                f"data.fidelity_weights: all weights are zero ({_listed(self._names)}). "
                 "Give at least one fidelity a positive weight."
             )
-        if self.shuffle and self.strategy != "weighted" and any(w != 1.0 for w in weights.values()):
-            logger.warning(f"data.fidelity_weights are not used: sampling_strategy is {self.strategy}, not weighted.")
-        return {f: part / total for f, part in demand.items()}
+        if self._fixed is None:
+            return demand
+        return scaled(demand, self._draws_for_batches(self._fixed, demand))
 
-    def _draws_per_epoch(self, weights: Mapping[int, float]) -> dict[int, int]:
-        """Draws of each fidelity in every epoch, so that its place in a fidelity's sequence follows from its number."""
-        counts = {f: len(members) for f, members in self._members.items()}
-        if self._fixed is not None:
-            return self._draws_for_batches(self._fixed)
-        if self.strategy == "weighted":
-            wanted = {f: weights.get(f, 1.0) * n for f, n in counts.items()}
-            return {f: max(1, round(n)) if n > 0.0 else 0 for f, n in wanted.items()}
-        return apportion(sum(counts.values()), self._shares)
+    def _draws_of_epoch(self, epoch: int, demand: Mapping[int, Fraction]) -> dict[int, tuple[int, int]]:
+        """First and last (excluded) position of an epoch in the sequence of each fidelity."""
+        per_epoch = sum(demand.values())
+        begin, end = (apportion(round(number * per_epoch), demand) for number in (epoch, epoch + 1))
+        return {f: (begin[f], end[f]) for f in demand}
 
-    def _draws_for_batches(self, n_batches: int) -> dict[int, int]:
-        """Draws that fill a fixed number of batches, found by trying on epoch 0."""
+    def _draws_for_batches(self, n_batches: int, demand: Mapping[int, Fraction]) -> int:
+        """Number of draws that fill a fixed number of batches in every epoch.
+
+        Where these count atoms, it is found by trying on epoch 0, and at least what holds for the largest molecules.
+        """
         if not self.by_atoms:
-            return apportion(n_batches * self.batch_size, self._shares)
-        sizes = {f: self._n_atoms[members] for f, members in self._members.items()}
-        mean = sum(share * float(sizes[f].mean()) for f, share in self._shares.items())
-        variance = sum(share * float(((sizes[f] - mean) ** 2).mean()) for f, share in self._shares.items())
+            return n_batches * self.batch_size
+        largest = max(int(self._n_atoms[self._members[f]].max()) for f, part in demand.items() if part)
+        always = n_batches * max(1, self.batch_size // largest)
+        mean = self._mean_atoms(demand)
         padding = 0.5 * JITTER_PER_PADDING * self.max_padding  # what mixing of sizes takes
-        upper = max(n_batches, int((1.0 - padding) * n_batches * self.batch_size / mean))
-        found = len(self._cut_draws(0, apportion(upper, self._shares), n_batches).molecules)
-        room = SPARE + SPARE_SIGMAS * math.sqrt(variance / found) / mean
-        return apportion(max(n_batches, int((1.0 - room) * found)), self._shares)
+        upper = max(always, int((1.0 - padding) * n_batches * self.batch_size / mean))
+        cut = self._cut_draws(0, scaled(demand, upper), n_batches)
+        n_draws = self._n_atoms[cut.molecules].sum(dtype=np.int64) / mean
+        room = SPARE + SPARE_SIGMAS * self._sigma_atoms(scaled(demand, int(n_draws))) / (n_draws * mean)
+        return max(always, int((1.0 - room) * n_draws))
+
+    def _mean_atoms(self, demand: Mapping[int, Fraction]) -> float:
+        """Atoms of a drawn molecule, on average."""
+        atoms = sum(float(n) * float(self._n_atoms[self._members[f]].mean()) for f, n in demand.items())
+        return atoms / float(sum(demand.values()))
+
+    def _sigma_atoms(self, demand: Mapping[int, Fraction]) -> float:
+        """Standard deviation (upper bound) of the number of atoms in an epoch.
+
+        n draws from a random order of m molecules have the variance n (1 - n/m) times that of the sizes; whole orders
+        have none. An epoch has the end of one order and the beginning of another, at worst as many of each.
+        """
+        variance = 0.0
+        for f, exact in demand.items():
+            m, n = len(self._members[f]), float(exact)
+            if n % m:
+                sizes = self._n_atoms[self._members[f]]
+                mean_square = float(np.einsum("i,i->", sizes, sizes, dtype=np.float64)) / m  # no copies
+                spread = n - n * n / (2.0 * m) if n < m else 0.5 * m
+                variance += spread * max(0.0, mean_square - float(sizes.mean()) ** 2)
+        return math.sqrt(variance)
 
     def _batches_per_epoch(self) -> int:
-        """Batches of all processes in every epoch, a multiple of the number of processes if there are enough draws."""
-        total = sum(self._draws.values())
-        if total < self.world_size:
+        """Batches of all processes in every epoch, a multiple of the number of processes."""
+        if self._fixed is not None:
+            return self._fixed
+        total = sum(self._demand.values())
+        most = math.floor(total) - math.floor(total) % self.world_size  # each a single molecule
+        if most == 0:
             raise ValueError(
-                f"data: {total} draws per epoch are not enough for {self.world_size} processes. "
+                f"data: {math.floor(total)} draws per epoch are not enough for {self.world_size} processes. "
                 "Use fewer processes or more data."
             )
-        n_batches = self._fixed
-        if n_batches is None:
-            self._cut_first = self._cut_draws(0, self._draws, None)
-            n_batches = len(self._cut_first.bounds) - 1
-            # Epochs that hold whole permutations only have the same sizes, and need the same number of batches.
-            if any(n % len(self._members[f]) for f, n in self._draws.items()):
-                n_batches += math.ceil(SPARE * n_batches) + SPARE_BATCHES
-            n_batches = math.ceil(n_batches / self.world_size) * self.world_size
-        # Fewer draws than that: batches of one molecule, and what cannot be divided is left out.
-        return min(n_batches, total - total % self.world_size)
+        self._cut_first = cut = self._cut_draws(0, self._demand, None)
+        needed = len(cut.bounds) - 1
+        if total.denominator > 1:
+            needed += 1  # for the epochs that have one draw more
+        if needed > most:
+            logger.warning(
+                f"data: {float(total):g} draws per epoch are made {most}, so that {self.world_size} processes have the "
+                "same number of batches; shares stay the same."
+            )
+            self._demand, self._cut_first = scaled(self._demand, most), None
+            return most
+        # Epochs that hold whole permutations only have the same sizes, and need the same number of batches.
+        if any(n % len(self._members[f]) for f, n in self._demand.items()):
+            room = SPARE
+            if self.by_atoms:
+                atoms = float(total) * self._mean_atoms(self._demand) + SPARE_SIGMAS * self._sigma_atoms(self._demand)
+                room += max(0.0, atoms / self._n_atoms[cut.molecules].sum(dtype=np.int64) - 1.0)
+            needed += math.ceil(room * needed) + SPARE_BATCHES
+        return min(math.ceil(needed / self.world_size) * self.world_size, most)
 
     # ----------------------------------------------------------------------------------------------
     # building an epoch
@@ -374,30 +521,33 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         """Draws of the current epoch in `_n_batches` batches."""
         cut, self._cut_first = self._cut_first, None
         if cut is None or self._epoch != 0 or len(cut.bounds) - 1 > self._n_batches:
-            cut = self._cut_draws(self._epoch, self._draws, self._n_batches)
-        left_out = sum(self._draws.values()) - len(cut.molecules)
+            del cut
+            cut = self._cut_draws(self._epoch, self._demand, self._n_batches)
+        left_out = sum(end - begin for begin, end in self._draws_of_epoch(self._epoch, self._demand).values())
+        left_out -= len(cut.molecules)
         if left_out:
             logger.warning(f"epoch {self._epoch}: {left_out} draws left out, so that the others fit into the batches.")
         bounds = split_largest(cut.bounds, self._n_batches)
         return _Epoch(cut.molecules, bounds, self._generator(DEAL, self._epoch).permutation(self._n_batches))
 
-    def _cut_draws(self, epoch: int, draws: Mapping[int, int], n_batches: int | None) -> _Epoch:
+    def _cut_draws(self, epoch: int, demand: Mapping[int, Fraction], n_batches: int | None) -> _Epoch:
         """Draw the molecules of an epoch and cut them into at most ``n_batches`` batches.
 
         Where they need more, draws are taken back from the end of every fidelity's piece, shares kept.
         """
-        used = dict(draws)
+        places = self._draws_of_epoch(epoch, demand)
+        counts = {f: end - begin for f, (begin, end) in places.items()}
         while True:
-            pieces = [self._sequence(f, epoch * draws[f], n) for f, n in used.items()]
-            molecules = np.concatenate(pieces)
-            molecules = molecules[self._generator(SHUFFLE, epoch).permutation(len(molecules))]
+            molecules = np.concatenate([self._sequence(f, places[f][0], n) for f, n in counts.items()])
+            self._generator(SHUFFLE, epoch).shuffle(molecules)
             # Largest first: what is left over at the end is a batch of small molecules, which costs least.
             molecules = molecules[np.argsort(-self._n_atoms[molecules], kind="stable")]
             packed = self._packed(molecules, n_batches, widths=(JITTER_PER_PADDING * self.max_padding, 0.0))
             if packed is not None:
                 return packed
             assert n_batches is not None
-            used = apportion(max(n_batches, int(SHRINK * len(molecules))), self._shares)
+            fewer = max(n_batches, int(SHRINK * len(molecules)))
+            counts = apportion(fewer, {f: Fraction(end - begin) for f, (begin, end) in places.items()})
 
     def _packed(self, molecules: np.ndarray, n_batches: int | None, widths: Sequence[float]) -> _Epoch | None:
         """Cut molecules, sorted by size, into batches whose padding is within the bound, as loosely as possible.
@@ -407,10 +557,13 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         """
         best, least = None, np.inf
         n_real = self._n_atoms[molecules].sum(dtype=np.int64)
+        orders: dict[float, np.ndarray] = {}
         for bound, width in itertools.product((*BATCH_PADDING, self.max_padding), widths):
             if bound < self.max_padding:
                 continue
-            tried = self._scattered(molecules, width)
+            if width not in orders:
+                orders[width] = self._scattered(molecules, width)
+            tried = orders[width]
             sizes = self._n_atoms[tried]
             bounds = cut_batches(sizes, self.batch_size, self.by_atoms, bound)
             padding = 1.0 - n_real / padded_atoms(sizes, bounds).sum()
@@ -428,9 +581,10 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         """
         if width == 0.0:
             return molecules
-        amounts = width * self._generator(JITTER).random(len(molecules), np.float32)
-        place = np.log(self._n_atoms[molecules], dtype=np.float32) + amounts
-        return molecules[np.argsort(-place, kind="stable")]
+        place = self._generator(JITTER).random(len(molecules), np.float32)
+        place *= width
+        place += np.log(self._n_atoms[molecules], dtype=np.float32)
+        return molecules[np.argsort(np.negative(place, out=place), kind="stable")]
 
     def _sequence(self, fidelity: int, first: int, count: int) -> np.ndarray:
         """Draws ``first`` to ``first + count`` of the endless sequence of permutations of a fidelity's molecules."""
@@ -439,10 +593,10 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         pieces = []
         for block in range(first // per_block, -(-(first + count) // per_block)):
             rng = self._generator(DRAWS, fidelity, block)
-            order = np.tile(np.arange(len(members)), (per_block // len(members), 1))
-            order = rng.permuted(order, axis=1).ravel()
+            orders = np.tile(members, (per_block // len(members), 1))
+            rng.permuted(orders, axis=1, out=orders)
             begin = block * per_block
-            pieces.append(members[order[max(first - begin, 0) : first + count - begin]])
+            pieces.append(orders.ravel()[max(first - begin, 0) : first + count - begin])
         return np.concatenate(pieces) if pieces else members[:0]
 
     def _generator(self, *purpose: int) -> np.random.Generator:
@@ -464,14 +618,48 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
 # --------------------------------------------------------------------------------------------------
 
 
-def apportion(total: int, shares: Mapping[int, float]) -> dict[int, int]:
-    """Divide ``total`` into whole numbers in given shares (which sum to 1), by largest remainders."""
-    exact = {key: total * share for key, share in shares.items()}
-    parts = {key: math.floor(value) for key, value in exact.items()}
-    by_remainder = sorted(shares, key=lambda key: parts[key] - exact[key])
-    for key in by_remainder[: total - sum(parts.values())]:
-        parts[key] += 1
-    return parts
+def apportion(total: int, parts: Mapping[int, Fraction]) -> dict[int, int]:
+    """Divide ``total`` into whole numbers in proportion to ``parts`` (Webster's method).
+
+    Parts that are proportional to whole numbers of this total get exactly these; all others are within
+    (number of parts + 1) / 2 of the exact proportion, nearly always within one. A larger total never gives any part
+    less, so that differences between totals are whole numbers of draws.
+    """
+    scale = total / sum(parts.values())
+    seats = {key: math.floor(scale * part + Fraction(1, 2)) for key, part in parts.items()}
+    order = {key: number for number, key in enumerate(parts)}  # decides between equals
+    for _ in range(sum(seats.values()), total):
+        key = min((k for k in parts if parts[k]), key=lambda k: ((seats[k] + Fraction(1, 2)) / parts[k], order[k]))
+        seats[key] += 1
+    for _ in range(total, sum(seats.values())):
+        key = max((k for k in parts if seats[k]), key=lambda k: ((seats[k] - Fraction(1, 2)) / parts[k], order[k]))
+        seats[key] -= 1
+    return seats
+
+
+def scaled(parts: Mapping[int, Fraction], total: int) -> dict[int, Fraction]:
+    """Return the parts times one factor, so that they sum to ``total``."""
+    factor = Fraction(total) / sum(parts.values())
+    return {key: part * factor for key, part in parts.items()}
+
+
+def _fraction(number: float) -> Fraction:
+    """Return the decimal number that a user wrote: 0.2 is one fifth."""
+    return Fraction(str(float(number)))
+
+
+def _molecules_by_fidelity(
+    fidelities: np.ndarray, known: Sequence[int], indices: np.ndarray | None
+) -> dict[int, np.ndarray]:
+    """Indices of the molecules of each fidelity that has any, in as little memory as they fit into."""
+    dtype = np.int32 if len(fidelities) <= np.iinfo(np.int32).max else np.int64
+    if indices is None:
+        members = {f: np.flatnonzero(fidelities == f).astype(dtype) for f in known}
+    else:
+        indices = np.asarray(indices).astype(dtype, copy=False)
+        of_index = fidelities[indices]
+        members = {f: indices[of_index == f] for f in known}
+    return {f: molecules for f, molecules in members.items() if len(molecules)}
 
 
 def cut_batches(sizes: np.ndarray, capacity: int, by_atoms: bool, max_padding: float) -> np.ndarray:
@@ -493,8 +681,8 @@ def cut_batches(sizes: np.ndarray, capacity: int, by_atoms: bool, max_padding: f
     numpy.ndarray
         (batches + 1,) int, where batches begin, and n.
     """
-    sizes = np.asarray(sizes, np.int64)
-    total = np.concatenate(([0], np.cumsum(sizes)))
+    total = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=total[1:])
     counts = np.arange(1, capacity + 1)
     filled = 1.0 - max_padding - 1e-9  # round-off must not cut at a padding of exactly the bound
     bounds, begin = [0], 0
@@ -540,8 +728,9 @@ def split_largest(bounds: np.ndarray, n_batches: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def _listed(fidelities: Sequence[int] | Mapping[int, object]) -> str:
-    return ", ".join(map(str, sorted(fidelities)))
+def _listed(names: Mapping[int, str]) -> str:
+    """Fidelities for messages."""
+    return ", ".join(names.values())
 
 
 def _check_options(batch_size: int, batch_mode: str, batches_per_epoch: int, strategy: str, max_padding: float) -> None:
@@ -557,40 +746,45 @@ def _check_options(batch_size: int, batch_mode: str, batches_per_epoch: int, str
         raise ValueError(f"max_padding: {max_padding} is not a share from 0 to below 1, such as {MAX_PADDING}.")
 
 
-def _check_weights(weights: Mapping[int, float], fidelities: list[int]) -> None:
+def _check_weights(weights: Mapping[int, float], names: Mapping[int, str]) -> None:
     for f, weight in weights.items():
-        if f not in fidelities:
+        if f not in names:
             raise ValueError(
-                f"data.fidelity_weights: fidelity {f} has no dataset (datasets: {_listed(fidelities)}). "
-                f"Add data.fidelity_datasets.{f} or remove the weight."
+                f"data.fidelity_weights: fidelity {f} has no dataset (those with one: {_listed(names)}). "
+                "Add a dataset or remove the weight."
             )
         if not (math.isfinite(weight) and weight >= 0.0):
             raise ValueError(
-                f"data.fidelity_weights: fidelity {f} has the weight {weight}. "
+                f"data.fidelity_weights: {names[f]} has the weight {weight}. "
                 "Give zero or a positive number; 1 draws each molecule once per epoch."
             )
 
 
-def _check_shares(shares: Mapping[int, float] | None, strategy: str, names: Mapping[int, str]) -> None:
+def _check_shares(
+    shares: Mapping[int, float], strategy: str, names: Mapping[int, str], members: Mapping[int, np.ndarray]
+) -> None:
     if strategy != "shares":
         if shares:
             raise ValueError(
-                f"data.fidelity_shares: given, but sampling_strategy is {strategy}. Set sampling_strategy: shares, or "
-                "remove the shares."
+                f"data.fidelity_shares: given, but sampling_strategy is {strategy}, which does not use them. "
+                "Set sampling_strategy to shares, or remove the shares."
             )
         return
-    shares = shares or {}
-    if unknown := sorted(set(shares) - set(names)):
-        known = ", ".join(names.values())
-        raise ValueError(f"data.fidelity_shares: no molecules to draw from for fidelity {unknown[0]} (known: {known}).")
-    total = sum(shares.values())
-    if missing := [name for f, name in names.items() if f not in shares]:
-        raise ValueError(
-            f"data.fidelity_shares: no share for {', '.join(missing)} (those given sum to {total:g}). "
-            "Give every fidelity a share, 0 for one that is not to be drawn."
-        )
     for f, share in shares.items():
+        if f not in names:
+            raise ValueError(
+                f"data.fidelity_shares: fidelity {f} has no dataset (those with one: {_listed(names)}). "
+                "Add a dataset or remove the share."
+            )
         if not 0.0 <= share <= 1.0:
-            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, expected 0 to 1.")
+            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, expected a number from 0 to 1.")
+        if share > 0.0 and f not in members:
+            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, but no molecules to draw from.")
+    total = sum(shares.values())
+    if missing := [names[f] for f in members if f not in shares]:
+        raise ValueError(
+            f"data.fidelity_shares: no share for {', '.join(missing)}; those given sum to {total:g}. "
+            "Give every fidelity a share, and 0 to one that is not to be drawn."
+        )
     if abs(total - 1.0) > SHARES_TOLERANCE:
         raise ValueError(f"data.fidelity_shares: the shares sum to {total:.7g}, expected 1.")
