@@ -6,7 +6,7 @@ files of their own and are found here under the same kind of name.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "MLP",
     "AtomicShift",
     "AtomicSum",
+    "BatchPart",
     "Dipole",
     "DispParam",
     "Embedding",
@@ -250,6 +251,21 @@ class Quadrupole(_Multipole):
         return data
 
 
+class BatchPart(NamedTuple):
+    """Some molecules of a dense batch.
+
+    Attributes
+    ----------
+    rows
+        (k,) int64, which molecules.
+    n_places
+        Places up to the last atom of any of them; what lies beyond is padding.
+    """
+
+    rows: Tensor
+    n_places: int
+
+
 class Forces(nn.Module):
     """A model with forces: minus the gradient of the summed energies with respect to ``coord``.
 
@@ -269,7 +285,12 @@ class Forces(nn.Module):
         self.model = model
         self.key_in, self.key_out = key_in, key_out
 
-    def forward(self, data: dict[str, Tensor], compute_forces: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self,
+        data: dict[str, Tensor],
+        compute_forces: bool = True,
+        parts: tuple[BatchPart, BatchPart] | None = None,
+    ) -> dict[str, Tensor]:
         """Evaluate the model; ``compute_forces=False`` leaves the forces, and their cost, out.
 
         Parameters
@@ -278,14 +299,31 @@ class Forces(nn.Module):
             The batch, left as it is.
         compute_forces : bool
             Add ``key_out``.
+        parts : tuple of BatchPart, optional
+            The molecules whose forces are wanted, and all the others, of a dense batch of quantities per atom and per
+            molecule. The two go through the model one after the other; the others have no graph of forces, and zeros
+            for forces. It is one call because the gradients that processes share (DDP) belong to one call.
 
         Returns
         -------
         dict
             What the model returns, and the forces.
+
+        Raises
+        ------
+        ValueError
+            ``parts`` of a flat batch, or of one with a cell or neighbour matrices.
         """
         if not compute_forces:
             return self.model(data)
+        if parts is None:
+            return self._with_forces(data)
+        _check_divisible(data)
+        evaluate = (self._with_forces, self._with_zeros)
+        present = [(part, run) for part, run in zip(parts, evaluate, strict=True) if len(part.rows)]
+        return _joined(data, [part for part, _ in present], [run(_part_of(data, part)) for part, run in present])
+
+    def _with_forces(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.enable_grad():
             coord = data["coord"].detach().requires_grad_(True)
             out = self.model({**data, "coord": coord})
@@ -293,3 +331,47 @@ class Forces(nn.Module):
         out[self.key_out] = -gradient
         out["coord"] = data["coord"]
         return out
+
+    def _with_zeros(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = self.model(data)
+        # They hang on the graph, so that a loss of forces alone can go backward.
+        out[self.key_out] = torch.zeros_like(data["coord"]) + out[self.key_in][:0].sum().to(data["coord"].dtype)
+        return out
+
+
+def _is_atomic(key: str) -> bool:
+    return key in nbops.BATCH_KEYS and nbops.BATCH_KEYS[key].kind == "atom"
+
+
+def _check_divisible(data: dict[str, Tensor]) -> None:
+    if nbops.is_flat(data):
+        raise ValueError(f"parts: coord must have shape (B, N, 3), found {list(data['coord'].shape)}")
+    for key in data:
+        if key in nbops.BATCH_KEYS and nbops.BATCH_KEYS[key].kind not in ("atom", "molecule"):
+            raise ValueError(f"parts: a batch with {key} cannot be divided; evaluate all molecules with forces")
+
+
+def _part_of(data: dict[str, Tensor], part: BatchPart) -> dict[str, Tensor]:
+    """Inputs of some molecules of a dense batch, cut to the longest of them."""
+    rows = part.rows.to(data["coord"].device, non_blocking=True)
+    taken = {key: value.index_select(0, rows) for key, value in data.items()}
+    return {key: value[:, : part.n_places] if _is_atomic(key) else value for key, value in taken.items()}
+
+
+def _joined(
+    data: dict[str, Tensor], parts: Sequence[BatchPart], results: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The batch with the results of its parts, each molecule in its place; inverse of `_part_of`."""
+    n_molecules, n_places = data["numbers"].shape
+    out = dict(data)
+    for key in [key for key in results[0] if key not in data]:
+        trailing = results[0][key].shape[2:] if _is_atomic(key) else results[0][key].shape[1:]
+        shape = (n_molecules, n_places, *trailing) if _is_atomic(key) else (n_molecules, *trailing)
+        full = results[0][key].new_zeros(shape)
+        for part, result in zip(parts, results, strict=True):
+            value = result[key]
+            if _is_atomic(key):
+                value = nn.functional.pad(value, (0, 0) * len(trailing) + (0, n_places - part.n_places))
+            full = full.index_copy(0, part.rows.to(value.device, non_blocking=True), value)
+        out[key] = full
+    return out

@@ -10,7 +10,7 @@ from torch import nn
 
 from aimnet2mult.models.base import build_model, load_model_config
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.engine import NotFiniteError, has_label, make_evaluator, make_trainer, prepare_batch
+from aimnet2mult.train.engine import NotFiniteError, make_evaluator, make_trainer, prepare_batch
 from aimnet2mult.train.loss import MTAdaWLoss, MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 
@@ -65,13 +65,11 @@ def trainer_of(model: nn.Module, loss_fn: MTLoss | None = None, lr: float = 1e-3
     return make_trainer(model, optimizer, loss_fn or MTLoss(COMPONENTS), "cpu", **options)
 
 
-def watch_forces(model: nn.Module) -> list[bool]:
-    """Record for each call whether forces were asked for."""
-    asked: list[bool] = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: asked.append(kwargs["compute_forces"]), with_kwargs=True
-    )
-    return asked
+def watch_forces(model: Forces) -> list[bool]:
+    """Record for each evaluation of the network whether its positions carry a graph for forces."""
+    carried: list[bool] = []
+    model.model.register_forward_pre_hook(lambda module, args: carried.append(args[0]["coord"].requires_grad))
+    return carried
 
 
 def test_training_lowers_energy_and_force_errors_of_both_fidelities(model):
@@ -122,6 +120,19 @@ def test_forces_are_not_computed_for_nobody(model):
     assert asked == [False, False, True]
 
 
+def test_metric_of_forces_does_without_where_data_are_read_without_them(model):
+    x, y = batch()
+    y = {key: value for key, value in y.items() if not key.startswith("forces")}
+    energy = MTLoss({"energy": COMPONENTS["energy"]})
+    asked = watch_forces(model)
+    metrics = make_evaluator(model, energy, {"errors": RegMultiMetric(METRICS)}, "cpu").run([(x, y)]).metrics
+    assert asked == [False]
+    assert "E_mae" in metrics
+    assert "F_mae" not in metrics
+    with pytest.raises(ValueError, match=r"loss\.components\.forces: the batch has no label forces"):
+        trainer_of(model).run([(x, y)])
+
+
 def test_gradient_is_clipped_by_norm(model):
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     weights = [p.detach().clone() for p in model.parameters()]
@@ -165,7 +176,7 @@ def test_gradient_that_is_not_finite_stops_too(model):
             super().__init__()
             self.inner = model
 
-        def forward(self, data, compute_forces):
+        def forward(self, data, compute_forces, parts):
             energy = self.inner(data, compute_forces=False)["energy"]
             return {"energy": energy.detach() + (energy - energy.detach()).abs().sqrt()}
 
@@ -195,13 +206,10 @@ def test_batch_and_caller_keep_their_tensors(model):
         assert not value.requires_grad
 
 
-def test_prepare_batch_and_labels():
+def test_prepare_batch_moves_everything():
     x, y = prepare_batch(batch(), "cpu")
     assert set(x) == {"coord", "numbers", "charge", "mult", "_fidelities"}
-    assert has_label(y, "forces")
-    assert not has_label({**y, "forces_mask": torch.tensor([False, False])}, "forces")
-    assert not has_label(y, "charges")
-    assert has_label({"charges": torch.zeros(1)}, "charges")
+    assert set(y) == {"energy", "energy_mask", "forces", "forces_mask"}
 
 
 @pytest.mark.gpu
