@@ -132,6 +132,10 @@ class MoleculeSource(ABC):
             (k, ...) for each key; copies that the caller may change.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files until they are read again."""
+
     def label_bytes(self, keys: Sequence[str]) -> int:
         """Estimate the size in memory of labels in single precision."""
         numbers_per_atom, numbers_per_molecule = 0, 0

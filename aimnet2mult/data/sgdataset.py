@@ -227,7 +227,7 @@ class SizeGroupedDataset(MoleculeSource):
         self._file_pid = -1
 
     def close(self) -> None:
-        """Close the file until it is read again."""
+        """As `MoleculeSource.close`."""
         self._forget_handles()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,11 +333,12 @@ class SizeGroupedDataset(MoleculeSource):
         """Rows (ascending) of an array that only HDF5 can read; each of its chunks is read once."""
         array = self._groups[n_atoms][key]
         result = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        dataset = self._hdf5(n_atoms, key)
         chunk_of_row = rows // array.chunk_rows
         starts = np.flatnonzero(np.diff(chunk_of_row, prepend=-1))
         for lo, hi in zip(starts, [*starts[1:], len(rows)], strict=True):
             begin = int(chunk_of_row[lo]) * array.chunk_rows
-            result[lo:hi] = self._from_hdf5(n_atoms, key, begin, int(rows[hi - 1]) + 1)[rows[lo:hi] - begin]
+            result[lo:hi] = self._from_hdf5(dataset, begin, int(rows[hi - 1]) + 1)[rows[lo:hi] - begin]
         return result
 
     def _window(self, n_atoms: int, key: str, first: int, last: int) -> np.ndarray:
@@ -346,26 +347,29 @@ class SizeGroupedDataset(MoleculeSource):
         if array.to_cache and self.cached:
             return self._cached_array(n_atoms, key)[first:last].copy()
         if array.offset is None:
-            return self._from_hdf5(n_atoms, key, first, last)
+            return self._from_hdf5(self._hdf5(n_atoms, key), first, last)
         result = np.empty((last - first, *array.shape[1:]), array.dtype)
         self._raw_file().read(result.reshape(-1).view(np.uint8).data, array.offset + first * array.row_bytes)
         return result
 
     def _cached_array(self, n_atoms: int, key: str) -> np.ndarray:
         if (n_atoms, key) not in self._cache:
-            self._cache[n_atoms, key] = self._from_hdf5(n_atoms, key, 0, self.sizes[n_atoms])
+            self._cache[n_atoms, key] = self._from_hdf5(self._hdf5(n_atoms, key), 0, self.sizes[n_atoms])
         return self._cache[n_atoms, key]
 
-    def _from_hdf5(self, n_atoms: int, key: str, first: int, last: int) -> np.ndarray:
+    def _hdf5(self, n_atoms: int, key: str) -> h5py.Dataset:
         if self._file is None or self._file_pid != os.getpid():  # a handle must not be shared across a fork
             self._check_identity(os.stat(self.path))
             self._file, self._file_pid = h5py.File(self.path, "r"), os.getpid()
-        name = self._structure.names[n_atoms]
+        return self._file[self._structure.names[n_atoms]][key]
+
+    def _from_hdf5(self, dataset: h5py.Dataset, first: int, last: int) -> np.ndarray:
         try:
-            return np.asarray(self._file[name][key][first:last])
+            return np.asarray(dataset[first:last])
         except OSError as error:
+            group, key = dataset.name.strip("/").split("/")
             raise DatasetError(
-                f"{self.path}: group {name}: {key} cannot be read ({error}). Copy the file anew."
+                f"{self.path}: group {group}: {key} cannot be read ({error}). Copy the file anew."
             ) from error
 
     def _raw_file(self) -> "_RawFile":
@@ -530,6 +534,11 @@ class JoinedDataset(MoleculeSource):
             for key in keys
         }
 
+    def close(self) -> None:
+        """Close all files until they are read again."""
+        for part in self.parts:
+            part.close()
+
     def _part_of(self, index: Any) -> Any:
         return np.searchsorted(self._starts, index, side="right") - 1
 
@@ -538,10 +547,9 @@ class JoinedDataset(MoleculeSource):
         self._last_read.pop(part, None)
         self._last_read[part] = None
         if len(self._last_read) > MAX_OPEN_FILES:
-            oldest = self.parts[next(iter(self._last_read))]
-            del self._last_read[next(iter(self._last_read))]
-            if isinstance(oldest, SizeGroupedDataset):
-                oldest.close()
+            oldest = next(iter(self._last_read))
+            del self._last_read[oldest]
+            self.parts[oldest].close()
         return self.parts[part]
 
 
