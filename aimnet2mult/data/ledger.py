@@ -33,7 +33,7 @@ from aimnet2mult import nbops
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import element_names
 from aimnet2mult.data.base import LABEL_COUNT_BYTES, LabelCount, MoleculeSource
-from aimnet2mult.data.sgdataset import DatasetError, JoinedDataset, SizeGroupedDataset
+from aimnet2mult.data.sgdataset import DatasetError, JoinedDataset
 from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.dispersion_params import d3bj_parameters, normalized
 from aimnet2mult.utils.files import atomic_path, check_writable
@@ -353,8 +353,7 @@ class CorrectedSource(MoleculeSource):
     def close(self) -> None:
         """Close data and cache until they are read again."""
         self._map = None
-        if isinstance(self.source, SizeGroupedDataset):
-            self.source.close()
+        self.source.close()
 
     def label_counts(self, keys: Sequence[str], max_bytes: int = LABEL_COUNT_BYTES) -> dict[str, LabelCount]:
         """As `MoleculeSource.label_counts`; a correction neither adds nor removes labels."""
