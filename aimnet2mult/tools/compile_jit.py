@@ -389,7 +389,7 @@ def compile_model(
     with atomic_path(meta) as temporary_meta, atomic_path(jpt) as temporary_jpt:
         save_jit_model(deployable, temporary_jpt, metadata)
         temporary_meta.write_text(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    logger.info("%s compiled with torch %s", label, torch.__version__)
+    logger.info("%s compiled with torch %s; %s added", label, torch.__version__, dispersion.text)
     return jpt, meta
 
 
