@@ -1,0 +1,183 @@
+"""The same geometries in several places: repeats, fidelities in common, validation data that is trained on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aimnet2mult.data.base import MoleculeSource
+from aimnet2mult.data.checks.findings import Finding, Place, Thresholds, counted, locate
+from aimnet2mult.data.checks.geometry import Fingerprints
+from aimnet2mult.data.checks.pairs import equal_geometries, owners_of
+
+SAME_ENERGY = 1e-3
+"""eV; repeats of a geometry may differ by this much."""
+
+STEEPEST = 50.0
+"""eV/Å; what energies may change by where geometries are the same only within the threshold."""
+
+MANY = 0.01
+"""Share of the molecules from where on repeats are a warning, and leaks an error."""
+
+
+@dataclass
+class Part:
+    """Molecules of one source and what they are used for.
+
+    Attributes
+    ----------
+    fidelity : str
+        Level of theory.
+    source : MoleculeSource
+        Where the molecules are.
+    validates : numpy.ndarray
+        (n,) bool, molecules used for validation; all of them in separate validation data.
+    """
+
+    fidelity: str
+    source: MoleculeSource
+    validates: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The fidelity, with a word where all of the data is for validation."""
+        return f"{self.fidelity} (validation)" if len(self.validates) and self.validates.all() else self.fidelity
+
+
+class Overlap:
+    """Equal geometries among datasets, asked for by dataset.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        The datasets.
+    prints : Fingerprints
+        Of all their molecules, one dataset after the other.
+    limits : Thresholds
+        From where on geometries differ, and how many examples are named.
+    """
+
+    def __init__(self, parts: Sequence[Part], prints: Fingerprints, limits: Thresholds) -> None:
+        self.parts = parts
+        lengths = [len(part.source) for part in parts]
+        self.starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+        self.max_examples = limits.max_examples
+        self.pairs = equal_geometries([part.source for part in parts], self.starts, prints, limits)
+        self.owners = owners_of(self.starts, self.pairs.indices)
+        validates = np.concatenate([part.validates for part in parts])
+        self.validates = validates[self.pairs.indices]
+
+    def places(self, indices: np.ndarray) -> tuple[Place, ...]:
+        """Where the first of some molecules lie."""
+        chosen = indices[: self.max_examples]
+        return tuple(
+            locate(self.parts[owner].source, index - self.starts[owner])
+            for index, owner in zip(chosen.tolist(), owners_of(self.starts, chosen).tolist(), strict=True)
+        )
+
+    @property
+    def at_least(self) -> str:
+        """Word before a count."""
+        return "" if self.pairs.complete else "at least "
+
+    def repeats(self) -> Iterator[Finding]:
+        """Geometries that occur more than once in a dataset."""
+        for number, part in enumerate(self.parts):
+            inside = (self.owners == number).all(axis=1)
+            if not inside.any():
+                continue
+            purpose = "validation" if part.validates.all() else "training"
+            later, pair = np.unique(self.pairs.indices[inside, 1], return_index=True)
+            first = self.places(self.pairs.indices[inside, 0][pair])[0]
+            share = len(later) / len(part.source)
+            yield Finding(
+                "duplicates",
+                "warning" if share > MANY else "note",
+                part.name,
+                f"{self.at_least}{counted(len(later), 'molecule')} ({100 * share:.2g} %) with a geometry that is there "
+                f"before (the first repeats {first}). They count more than once in {purpose}"
+                + (", as if a file had been joined with itself." if share > 0.4 else "."),
+                len(later),
+                self.places(later),
+            )
+            change = np.abs(self.pairs.energy_change)
+            differ = inside & (change > SAME_ENERGY + STEEPEST * self.pairs.mismatch)
+            if differ.any():
+                later, pair = np.unique(self.pairs.indices[differ, 1], return_index=True)
+                first = self.places(self.pairs.indices[differ, 0][pair])[0]
+                yield Finding(
+                    "contradictory_duplicates",
+                    "warning",
+                    part.name,
+                    f"{self.at_least}{counted(len(later), 'molecule')} with the geometry, charge and multiplicity of "
+                    f"another one, but another energy (by up to {change[differ].max():.3g} eV; the first against "
+                    f"{first}). One of the two is another electronic state or "
+                    "level of theory; keep one.",
+                    len(later),
+                    self.places(later),
+                )
+
+    def shared(self) -> Iterator[Finding]:
+        """Geometries that several fidelities have."""
+        for a, b, chosen in self._between(validation=False):
+            names = f"{self.parts[a].name}, {self.parts[b].name}"
+            count = len(np.unique(self.pairs.indices[chosen, 0]))
+            change = self.pairs.energy_change[chosen]
+            same = np.abs(change) < 1e-6
+            places = self.places(np.unique(self.pairs.indices[chosen, 0]))
+            if same.sum() >= max(3, 0.5 * np.isfinite(change).sum()):
+                yield Finding(
+                    "same_energies",
+                    "error",
+                    names,
+                    f"{self.at_least}{counted(count, 'molecule')} of the same geometry in both, "
+                    f"{int(same.sum())} of them with the same energy to 1e-6 eV. The same data is given for two levels "
+                    "of theory.",
+                    count,
+                    places,
+                )
+            else:
+                yield Finding(
+                    "shared_geometries",
+                    "note",
+                    names,
+                    f"{self.at_least}{counted(count, 'molecule')} of the same geometry in both, which is good for "
+                    "learning their difference.",
+                    count,
+                    places,
+                )
+
+    def leaks(self) -> Iterator[Finding]:
+        """Validation molecules whose geometry is trained on."""
+        indices, owners, validates = self.pairs.indices, self.owners, self.validates
+        leaking = validates[:, 0] != validates[:, 1]
+        rows = np.flatnonzero(leaking)
+        column = np.where(validates[rows, 0], 0, 1)
+        held, trained = indices[rows, column], indices[rows, 1 - column]
+        held_by, trained_by = owners[rows, column], owners[rows, 1 - column]
+        for v, t in sorted({(int(v), int(t)) for v, t in zip(held_by, trained_by, strict=True)}):
+            chosen = (held_by == v) & (trained_by == t)
+            molecules, first = np.unique(held[chosen], return_index=True)
+            total = int(self.parts[v].validates.sum())
+            same = self.parts[v].fidelity == self.parts[t].fidelity
+            example = self.places(trained[chosen][first[:1]])[0]
+            count = f"{self.at_least}{len(molecules)} of {total} validation molecules"
+            yield Finding(
+                "leak" if same else "leak_across",
+                "error" if same and len(molecules) > MANY * total else "warning",
+                self.parts[v].name if same else f"{self.parts[v].name}, {self.parts[t].name}",
+                f"{count} trained on, too (the first is {example}): validation errors come out too small. Take "
+                "them out of one of the two."
+                if same
+                else f"{count} of {self.parts[v].fidelity} have the geometry of a training molecule of "
+                f"{self.parts[t].name} (the first is {example}). The model has seen them at another level, so that "
+                "validation errors are too good for unseen molecules. Fine if that is what you want to measure.",
+                len(molecules),
+                self.places(molecules),
+            )
+
+    def _between(self, validation: bool) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Pairs of fidelities, and the rows of equal geometries between their training molecules."""
+        use = (self.owners[:, 0] != self.owners[:, 1]) & (self.validates == validation).all(axis=1)
+        for a, b in np.unique(self.owners[use], axis=0).tolist():
+            yield a, b, np.flatnonzero(use & (self.owners == (a, b)).all(axis=1))

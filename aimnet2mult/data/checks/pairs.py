@@ -1,0 +1,196 @@
+"""Pairs of molecules: the same geometry twice, and close geometries, between which forces do work."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from aimnet2mult.data.base import MoleculeSource
+from aimnet2mult.data.checks import geometry
+from aimnet2mult.data.checks.findings import Thresholds
+from aimnet2mult.data.checks.geometry import Fingerprints
+
+FORCE_WINDOW = 0.05
+"""Å; averages of the distances of two geometries that may be close."""
+
+FORCE_NEIGHBOURS = 4
+"""Geometries that each one is compared with to find close ones."""
+
+FORCE_CANDIDATES = 100_000
+"""Molecules that are searched for close pairs."""
+
+FORCE_BLOCK = 64
+"""Molecules next to one another in the order of their fingerprints, which are searched together."""
+
+FORCE_PAIRS = 1500
+"""Pairs of close geometries that are compared, those with the smallest displacements first."""
+
+FORCE_PAIRS_READ = 8000
+"""Pairs that are read to find those with small displacements."""
+
+PAIRS_PER_READ = 8192
+"""Pairs of molecules that are read at a time."""
+
+DISPLACEMENTS = (1e-3, 0.15)
+"""Å; root mean square displacement per atom of a pair of close geometries. Below, energies change too little."""
+
+
+def close_pairs(source: MoleculeSource, prints: Fingerprints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Energy changes and work of the forces between pairs of close geometries of the same molecule.
+
+    Parameters
+    ----------
+    source : MoleculeSource
+        A dataset with forces.
+    prints : Fingerprints
+        Of all its molecules.
+
+    Returns
+    -------
+    work, energy_change, stiffness : numpy.ndarray
+        (m,) each, as `aimnet2mult.data.checks.units.force_relation` takes them.
+    """
+    order = geometry.sorting(prints)
+    pairs = geometry.neighbour_pairs(
+        prints, FORCE_WINDOW, FORCE_NEIGHBOURS, evenly(order, FORCE_CANDIDATES, FORCE_BLOCK)
+    )
+    pairs = evenly(pairs, FORCE_PAIRS_READ)
+    found = [np.zeros((0, 4))]
+    for block in _blocks_of_one_size(pairs, source.n_atoms[pairs[:, 0]]):
+        a, b = (_gather([source], np.array([0]), block[:, side], ("forces",)) for side in (0, 1))
+        same = (a["numbers"] == b["numbers"]).all(axis=1)
+        same &= np.isfinite(a["forces"]).all(axis=(1, 2)) & np.isfinite(b["forces"]).all(axis=(1, 2))
+        same &= np.isfinite(a["energy"]) & np.isfinite(b["energy"])
+        if not same.any():
+            continue
+        a, b = ({key: values[same] for key, values in side.items()} for side in (a, b))
+        moved, rotations = geometry.superpose(a["coord"], b["coord"])
+        step = b["coord"] - moved
+        forces = a["forces"] @ rotations
+        size = np.sqrt((step**2).sum(axis=(1, 2)))
+        work = -0.5 * ((forces + b["forces"]) * step).sum(axis=(1, 2))
+        change = np.sqrt(((b["forces"] - forces) ** 2).sum(axis=(1, 2)))
+        stiffness = change / np.maximum(size, 1e-12)
+        found.append(np.stack([size / np.sqrt(step.shape[1]), work, b["energy"] - a["energy"], stiffness], axis=1))
+    rows = np.concatenate(found)
+    rows = rows[(rows[:, 0] > DISPLACEMENTS[0]) & (rows[:, 0] < DISPLACEMENTS[1])]
+    rows = rows[np.argsort(rows[:, 0], kind="stable")[:FORCE_PAIRS]]
+    return rows[:, 1], rows[:, 2], rows[:, 3]
+
+
+def evenly(items: np.ndarray, limit: int, block: int = 1) -> np.ndarray:
+    """At most ``limit`` of the items (but one block), in evenly spaced blocks; order is kept."""
+    if len(items) <= limit:
+        return items
+    block = min(block, len(items))
+    starts = np.linspace(0, len(items) - block, max(1, limit // block)).astype(np.int64)
+    return np.asarray(items[(starts[:, None] + np.arange(block)).ravel()])
+
+
+def _blocks_of_one_size(pairs: np.ndarray, n_atoms: np.ndarray) -> Iterator[np.ndarray]:
+    """Pairs (m, 2) of molecules in blocks of the same number of atoms, few enough for all their distances."""
+    for size in np.unique(n_atoms).tolist():
+        of_size = pairs[n_atoms == size]
+        step = min(PAIRS_PER_READ, geometry.rows_per_block(size))
+        for first in range(0, len(of_size), step):
+            yield of_size[first : first + step]
+
+
+def owners_of(starts: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Which source holds each of some molecules, by their number among all; shape of ``indices``."""
+    return np.asarray(np.searchsorted(starts, indices, side="right") - 1)
+
+
+def _gather(
+    sources: Sequence[MoleculeSource], starts: np.ndarray, indices: np.ndarray, labels: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Read molecules of one size by their number among all sources, ``starts`` (len(sources),) of which is the first.
+
+    Returns ``numbers``, ``coord``, ``energy`` and per-atom labels (k, N, 3) in the order of ``indices``; NaN where a
+    source does not have them.
+    """
+    owners = owners_of(starts, indices)
+    result: dict[str, np.ndarray] = {}
+    for owner in np.unique(owners).tolist():
+        mine = np.flatnonzero(owners == owner)
+        wanted = indices[mine] - starts[owner]
+        for positions, arrays in sources[owner].read(wanted, ("numbers", "coord", "energy", *labels)):
+            if not result:
+                coord = arrays["coord"]
+                result["numbers"] = np.zeros((len(indices), coord.shape[1]), np.int64)
+                result["energy"] = np.full(len(indices), np.nan)
+                for key in ("coord", *labels):
+                    result[key] = np.full((len(indices), *coord.shape[1:]), np.nan)
+            for key, values in arrays.items():
+                result[key][mine[positions]] = values
+    return result
+
+
+class EqualPairs(NamedTuple):
+    """Pairs of molecules with the same geometry, charge and multiplicity.
+
+    Attributes
+    ----------
+    indices : numpy.ndarray
+        (m, 2) int64, numbers among the molecules of all datasets, ascending in each row.
+    mismatch : numpy.ndarray
+        (m,), `aimnet2mult.data.checks.geometry.distance_mismatch`, Å.
+    energy_change : numpy.ndarray
+        (m,), energy of the second minus that of the first, eV; NaN where one is missing.
+    complete : bool
+        Whether all candidates have been compared.
+    """
+
+    indices: np.ndarray
+    mismatch: np.ndarray
+    energy_change: np.ndarray
+    complete: bool
+
+
+MAX_NEIGHBOURS = 64
+"""Molecules with nearly the same averages of distances that each one is compared with."""
+
+MAX_CANDIDATES = 200_000
+"""Pairs of candidates for the same geometry that are read and compared distance by distance."""
+
+DIATOMIC_SHARE = 0.1
+"""Of the threshold for duplicates, for two atoms: scans of a single distance are dense, coincidences usual."""
+
+
+def equal_geometries(
+    sources: Sequence[MoleculeSource], starts: np.ndarray, prints: Fingerprints, limits: Thresholds
+) -> EqualPairs:
+    """Find the molecules of all datasets that have the same geometry.
+
+    Parameters
+    ----------
+    sources : sequence of MoleculeSource
+        The datasets.
+    starts : numpy.ndarray
+        (len(sources),) int64, number of the first molecule of each among all.
+    prints : Fingerprints
+        Of all molecules.
+    limits : Thresholds
+        Its ``duplicate`` says what the same is.
+    """
+    # No average differs by more than the distances do, but for rounding to float32.
+    candidates = geometry.neighbour_pairs(prints, limits.duplicate + 1e-5, MAX_NEIGHBOURS)
+    complete = len(candidates) <= MAX_CANDIDATES
+    candidates = np.sort(evenly(candidates, MAX_CANDIDATES), axis=1)
+    n_atoms = np.zeros(len(candidates), np.int64)
+    owners = owners_of(starts, candidates[:, 0])
+    for owner in np.unique(owners).tolist():
+        own = owners == owner
+        n_atoms[own] = sources[owner].n_atoms[candidates[own, 0] - starts[owner]]
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for block in _blocks_of_one_size(candidates, n_atoms):
+        a, b = (_gather(sources, starts, block[:, side]) for side in (0, 1))
+        mismatch = geometry.distance_mismatch(a["numbers"], a["coord"], b["numbers"], b["coord"])
+        share = DIATOMIC_SHARE if a["numbers"].shape[1] <= 2 else 1.0
+        same = mismatch <= share * limits.duplicate
+        found.append((block[same], mismatch[same], (b["energy"] - a["energy"])[same]))
+    if not found:
+        return EqualPairs(np.zeros((0, 2), np.int64), np.zeros(0), np.zeros(0), complete)
+    indices, mismatch, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((indices[:, 1], indices[:, 0]))
+    return EqualPairs(indices[order], mismatch[order], change[order], complete)
