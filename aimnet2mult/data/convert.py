@@ -86,6 +86,8 @@ class Part:
         About the dataset, without units.
     factors : dict of str to float
         To the units of the package.
+    dropped : set of str
+        Arrays of the file that are left out.
     """
 
     path: Path
@@ -95,6 +97,7 @@ class Part:
     arrays: dict[int, dict[str, ArrayType]]
     attributes: dict[str, Any]
     factors: dict[str, float]
+    dropped: set[str]
 
     def rows(self, n_atoms: int, keys: Sequence[str], step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield the rows of a group, ``step`` at a time, in the units of the package; text as str."""
@@ -152,15 +155,16 @@ def open_part(path: Path, name: str, units: Mapping[str, str], drop: frozenset[s
         raise type(error)(str(error).replace(str(path), name)) from error
     groups: dict[int, str] = {}
     arrays: dict[int, dict[str, ArrayType]] = {}
+    dropped: set[str] = set()
     with h5py.File(path, "r") as file:
         attributes = dict(file.attrs)
         for group_name in file:
             n_atoms = int(group_name)
             if n_atoms in sizes:
                 groups[n_atoms] = group_name
-                arrays[n_atoms] = {
-                    key: array_type(file[group_name][key]) for key in file[group_name] if key not in drop
-                }
+                found = {key: array_type(dataset) for key, dataset in file[group_name].items()}
+                arrays[n_atoms] = {key: kind for key, kind in found.items() if key not in drop}
+                dropped.update(drop & found.keys())
     named = {q: attribute_text(attributes.pop(name)) for q, name in UNIT_NAMES.items() if name in attributes}
     try:
         stated = joined_units(named, units)
@@ -169,7 +173,7 @@ def open_part(path: Path, name: str, units: Mapping[str, str], drop: frozenset[s
         raise DatasetError(f"{name}: {error}") from error
     if factors:
         attributes.pop("units", None)  # words about units that are no longer true
-    return Part(path, name, sizes, groups, arrays, attributes, factors)
+    return Part(path, name, sizes, groups, arrays, attributes, factors, dropped)
 
 
 def attribute_text(value: Any) -> str:

@@ -14,6 +14,7 @@ arrays (`ARRAYS_KEY`), since text does not tell 0.1 in single precision from 0.1
 those entries that describe the whole dataset (`ATTRIBUTES_KEY`).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -209,7 +210,7 @@ def read_extxyz(path: str | Path) -> Iterator[Frame]:
     number = 0
     index = -1
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             while line := file.readline():
                 number += 1
                 if not line.strip():
@@ -276,11 +277,17 @@ def check_periodic(directions: Sequence[bool]) -> None:
         raise ValueError(f"pbc is {found}; only structures that are periodic in all directions or none are supported")
 
 
+JSON_PREFIX = "_JSON "
+"""How ASE marks lists and nested arrays."""
+
+
 def reals(text: str) -> np.ndarray:
-    """Numbers in a text, separated by blanks or commas, (k,) float64."""
+    """Numbers in a text, separated by blanks or commas, (k,) float64, or as JSON."""
     try:
+        if text.startswith(JSON_PREFIX):
+            return np.asarray(json.loads(text.removeprefix(JSON_PREFIX)), np.float64)
         return np.array([float(word) for word in text.replace(",", " ").split()], np.float64)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{text[:60]!r} should be numbers") from error
 
 

@@ -20,6 +20,7 @@ from aimnet2mult.constants import MAX_ATOMIC_NUMBER
 from aimnet2mult.data.extxyz import (
     ARRAYS_KEY,
     ATTRIBUTES_KEY,
+    JSON_PREFIX,
     ArrayType,
     Frame,
     StructureError,
@@ -122,8 +123,8 @@ def _joined_units(stated: tuple[tuple[str, str], ...], options: tuple[tuple[str,
 
 def lowest_mult(numbers: np.ndarray, charge: np.ndarray) -> np.ndarray:
     """1 for an even number of electrons, 2 for an odd one; (k, N), (k,) -> (k,)."""
-    electrons = numbers.sum(axis=-1) - np.rint(charge).astype(np.int64)
-    return 1 + electrons % 2
+    electrons = numbers.sum(axis=-1) - np.rint(np.asarray(charge, np.float64))
+    return 1.0 + electrons % 2.0
 
 
 def filled_mult(numbers: np.ndarray, charge: np.ndarray, default: str | None) -> np.ndarray:
@@ -146,8 +147,8 @@ def filled_mult(numbers: np.ndarray, charge: np.ndarray, default: str | None) ->
     lowest = lowest_mult(numbers, charge)
     if default == "lowest":
         return lowest
-    mult = np.full(len(numbers), 1 if default is None else int(default))
-    wrong = (mult - lowest) % 2 == 1
+    mult = np.full(len(numbers), 1.0 if default is None else float(default))
+    wrong = (mult - lowest) % 2.0 == 1.0
     if wrong.any():
         row = int(np.argmax(wrong))
         electrons = int(numbers[row].sum() - np.rint(charge[row]))
@@ -241,6 +242,8 @@ class FrameReader:
         ``charge``, ``mult`` -> structures that got the default.
     converted : dict of str to float
         Arrays that were not in the unit of the package -> factor.
+    dropped : set of str
+        Keys that were left out because the rules say so.
     attributes : dict of str to str or None
         About the dataset, as far as all frames agree; None before the first frame.
     """
@@ -251,6 +254,7 @@ class FrameReader:
         self.left_out: Counter[str] = Counter()
         self.defaults: Counter[str] = Counter()
         self.converted: dict[str, float] = {}
+        self.dropped: set[str] = set()
         self.attributes: dict[str, str] | None = None
         self._found: set[str] = set()
         self._last: Frame | None = None
@@ -295,8 +299,7 @@ class FrameReader:
         mult = self._mult(frame, row["charge"], used, required="mult" in types or not types)
         if mult is not None:
             row["mult"] = mult
-        for key in [key for key in row if key in self.rules.drop]:
-            del row[key]
+        self._drop(row)
         for key, factor in unit_factors(units, row).items():
             row[key] = row[key] * factor
             self.converted[key] = factor
@@ -373,8 +376,14 @@ class FrameReader:
         if found is None:
             if not required and self.rules.default_mult is None:
                 return None
+            initial = float(np.sum(frame.arrays.get("initial_magmoms", 0.0)))
+            if self.rules.default_mult is None and abs(initial) > WHOLE_CHARGE:
+                raise ValueError(
+                    f"no multiplicity, but initial_magmoms sum to {initial:g}. Give --key mult=initial_magmoms to take "
+                    "the sum as the number of unpaired electrons, or --default-mult lowest."
+                )
             self.defaults["mult"] += 1
-            return filled_mult(numbers, charge[None], self.rules.default_mult)[0].astype(np.float64)
+            return filled_mult(numbers, charge[None], self.rules.default_mult)[0]
         name = found[0]
         mult = _per_molecule(found, frame)
         if name in frame.arrays and name not in frame.info:
@@ -403,8 +412,12 @@ class FrameReader:
                 row[key] = _typed(key, value, further[key])
             else:
                 row[key] = str(value) if self.rules.extras[key] else _guessed(key, value)
+        self._drop(row)
+
+    def _drop(self, row: Row) -> None:
         for key in self.rules.drop & row.keys():
             del row[key]
+            self.dropped.add(key)
 
     def _no_energy(self, frame: Frame) -> str:
         name = self.names["energy"][0]
@@ -497,6 +510,8 @@ def _exact(words: Sequence[str], dtype: np.dtype[Any]) -> list[Any]:
 
 def _guessed(key: str, value: Any) -> Any:
     """A further value whose type is not known: whole numbers, real numbers, truth values, or else text."""
+    if isinstance(value, str) and value.startswith(JSON_PREFIX):
+        value = reals(value)
     if not isinstance(value, str):
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":

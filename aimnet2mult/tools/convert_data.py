@@ -94,8 +94,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _format(path: Path) -> str:
-    """``hdf5``, ``npz``, ``extxyz``, ``db``, or ``ase`` for whatever else."""
-    return OUTPUT_FORMATS.get(path.suffix.lower(), "ase")
+    """``hdf5``, ``npz``, ``extxyz``, ``db``, ``json`` (a database, too), or ``ase`` for whatever else."""
+    return {**OUTPUT_FORMATS, ".json": "json"}.get(path.suffix.lower(), "ase")
 
 
 def _ase(module: str, why: str) -> Any:
@@ -133,7 +133,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     if kind == "extxyz":
         yield from read_extxyz(path)
         return
-    images = _database_images(path) if kind == "db" else _file_images(path)
+    images = _file_images(path) if kind == "ase" else _database_images(path, DATABASE_ROWS if kind == "db" else None)
     while True:
         with _ase_reading(path):
             image = next(images, None)
@@ -145,20 +145,25 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
 
 def _file_images(path: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    from aimnet2mult.data.extxyz import StructureError
+
     ase_io = _ase("ase.io", f"{path}: this format")
+    index = -1
     for index, atoms in enumerate(ase_io.iread(str(path), ":")):
         yield f"{path}: frame {index}", atoms, {}
+    if index < 0:
+        raise StructureError(f"{path}: holds no structures")
 
 
-def _database_images(path: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Structures of an ASE database, with what is stored beside them; a window of rows in memory at a time."""
-    from aimnet2mult.data.extxyz import ATTRIBUTES_KEY
+def _database_images(path: Path, window: int | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Structures of an ASE database, with what is stored beside them; ``window`` rows in memory at a time."""
+    from aimnet2mult.data.extxyz import ATTRIBUTES_KEY, StructureError
 
     database = _ase("ase.db", f"{path}: an ASE database").connect(str(path), use_lock_file=False)
     attributes = database.metadata.get(ATTRIBUTES_KEY, {})
     about = {ATTRIBUTES_KEY: " ".join(attributes), **attributes} if attributes else {}
     last, empty = 0, True
-    while rows := list(database.select(f"id>{last}", sort="id", limit=DATABASE_ROWS)):
+    while rows := list(database.select(f"id>{last}", sort="id", limit=window)):
         empty = False
         for row in rows:
             # A pair named charge is stored, but ASE answers with the sum of the initial charges: look beneath.
@@ -166,7 +171,7 @@ def _database_images(path: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield f"{path}: id {row.id}", row.toatoms(), {**about, **row.data, **pairs}
         last = rows[-1].id
     if empty:
-        raise ValueError("holds no structures")
+        raise StructureError(f"{path}: holds no structures")
 
 
 def atoms_frame(where: str, atoms: Any, info: Mapping[str, Any] | None = None) -> Frame:
@@ -333,7 +338,7 @@ def convert(
     if all(_format(file) in ARRAY_FORMATS for file in files):
         _check_no_frame_options(rules)
     reader = FrameReader(rules)
-    with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent.resolve()) as folder:
         parts = _open_parts(files, reader, Path(folder))
         merger = Merger(parts, rules.default_mult, dtype, attributes)
         with tqdm(total=len(merger), desc=f"writing {output.name}", unit="structure", disable=None) as bar:
@@ -350,7 +355,7 @@ def _check_output(output: Path, files: Sequence[Path], compression: str | None, 
     from aimnet2mult.utils.files import check_writable
 
     kind = _format(output)
-    if kind == "ase":
+    if kind not in OUTPUT_FORMATS.values():
         known = ", ".join(OUTPUT_FORMATS)
         raise ValueError(f"{output}: the extension of the output must be one of {known}. The output is named last.")
     if compression is not None and kind != "hdf5":
@@ -360,7 +365,7 @@ def _check_output(output: Path, files: Sequence[Path], compression: str | None, 
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists. Give --overwrite to replace it; the output is named last.")
     check_writable(output)
-    if kind == "db" or any(_format(file) in ("db", "ase") for file in files):
+    if kind == "db" or any(_format(file) in ("db", "json", "ase") for file in files):
         _ase("ase", "reading or writing other files than .h5, .npz and .xyz")
     return kind
 
@@ -400,6 +405,9 @@ def _open_parts(files: Sequence[Path], reader: FrameReader, folder: Path) -> lis
         of_frames.append(spool_frames(_with_progress(paths), reader, folder / f"{len(parts)}.h5", name))
         parts.append(of_frames[-1])
     reader.check_found()
+    for key in rules.drop:
+        if key not in set(reader.dropped).union(*(part.dropped for part in parts)):
+            raise ValueError(f"--drop {key}: no input has it")
     for part in of_frames:
         part.attributes = dict(reader.attributes or {})
     return parts
@@ -421,14 +429,14 @@ def _report(merger: Merger, labels: Mapping[str, int], reader: FrameReader) -> l
 
     sizes = list(merger.sizes)
     counts = ", ".join(f"{key} {labels[key]}" for key in LABEL_KEYS if key in labels)
-    lines = [f"{len(merger)} structures of {sizes[0]} to {sizes[-1]} atoms; with {counts}"]
+    lines = [f"structures: {len(merger)}, of {sizes[0]} to {sizes[-1]} atoms; labels: {counts}"]
     conversions = {key: factor for part in merger.parts for key, factor in part.factors.items()}
     units = {**reader.converted, **conversions}
     if units:
         lines.append("converted to eV and Å: " + ", ".join(f"{key} x {factor:.9g}" for key, factor in units.items()))
     for key, count in reader.defaults.items():
         value = reader.rules.default_charge or 0 if key == "charge" else reader.rules.default_mult or 1
-        lines.append(f"{key}: not stated by {count} structures, {value} was taken")
+        lines.append(f"{key}: not stated by {count} of {len(merger)} structures; {value} was taken")
     if merger.dropped_attributes:
         lines.append(f"attributes that differ between files are left out: {', '.join(merger.dropped_attributes)}")
     if reader.left_out:
