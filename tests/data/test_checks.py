@@ -16,6 +16,7 @@ from aimnet2mult.data.checks.geometry import (
     molecule_keys,
     neighbour_pairs,
     pair_distances,
+    sorting,
     superpose,
 )
 from aimnet2mult.data.checks.units import energy_unit, length_unit, units_of_ratio
@@ -684,7 +685,9 @@ def test_mismatch_tells_elements_apart():
 def test_neighbours_never_match_nan():
     keys = np.array([5, 5, 5, 7], np.uint64)
     averages = np.array([[1.0, 1, 1], [np.nan] * 3, [1, 1, 1], [1, 1, 1]], np.float32)
-    assert neighbour_pairs(Fingerprints(keys, averages), 1e-3, 8).tolist() == [[0, 2]]
+    prints = Fingerprints(keys, averages)
+    (pairs,) = neighbour_pairs(prints, sorting(prints), 1e-3, 8)
+    assert pairs.tolist() == [[0, 2]]
 
 
 def test_largest_gap_is_the_missing_link():
@@ -719,6 +722,21 @@ def test_pieces_do_not_matter(example, tmp_path, monkeypatch):
     in_pieces = check({"dft": source})
     assert in_pieces.findings == whole.findings
     assert in_pieces.summaries["dft"].charges == whole.summaries["dft"].charges
+
+
+def test_copies_are_found_among_many_similar_geometries(example, tmp_path, monkeypatch):
+    """A trajectory: too many geometries within the tolerance to compare all, but copies are closer still."""
+    arrays = example()
+    rng = np.random.default_rng(7)
+    one = {key: np.repeat(values[:1], 400, axis=0) for key, values in arrays[12].items()}
+    one["coord"] = (one["coord"] + rng.uniform(-5e-4, 5e-4, one["coord"].shape)).astype(np.float32)
+    one["coord"][300] = moved(one["coord"][17])
+    source = write(tmp_path / "data.h5", {12: one})
+    monkeypatch.setattr(checks.pairs, "MAX_CANDIDATES", 1000)
+    monkeypatch.setattr(checks.geometry, "MOLECULES_PER_BLOCK", 100)
+    found = the(check({"md": source}, limits=Thresholds(max_examples=400)).findings, "duplicates")
+    assert 300 in [place.row for place in found.places]
+    assert "at least" in found.message
 
 
 def test_sample_of_a_large_dataset(example, tmp_path, monkeypatch):

@@ -205,8 +205,8 @@ class Summary:
     def text(self, name: str) -> str:
         """Return the facts for people."""
         files = short_path(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
-        low, high = self.sizes
-        lines = [f"{name}: {counted(self.molecules, 'molecule')} of {low} to {high} atoms in {files}"]
+        sizes = " to ".join(str(size) for size in sorted(set(self.sizes)))
+        lines = [f"{name}: {counted(self.molecules, 'molecule')} of {sizes} atoms in {files}"]
         columns = [f"{symbol} {n['molecules']}" for symbol, n in self.elements.items()]
         lines.append(f"  elements   {', '.join(columns)} (molecules that hold them)")
         full = [key for key, n in self.labels.items() if n == self.molecules]

@@ -6,6 +6,7 @@ distances. Molecules whose fingerprints agree are candidates (`neighbour_pairs`)
 then decided by their distances themselves (`distance_mismatch`).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ _ELEMENT_WEIGHT = np.sqrt(_RNG.uniform(0.1, 1.0, (2, MAX_ATOMIC_NUMBER + 1))).as
 
 PAIRS_PER_BLOCK = 2_000_000
 """Interatomic distances that are computed at a time; sets the memory of a piece of molecules."""
+
+MOLECULES_PER_BLOCK = 500_000
+"""Molecules whose fingerprints are compared at a time."""
 
 SEPARATE_TYPES = 1e4
 """Å; added to distances once per type of atom pair, so that sorting keeps the types apart."""
@@ -129,43 +133,40 @@ def geometry_averages(numbers: np.ndarray, distances: np.ndarray) -> np.ndarray:
 
 
 def neighbour_pairs(
-    prints: Fingerprints, window: float, max_neighbours: int, order: np.ndarray | None = None
-) -> np.ndarray:
+    prints: Fingerprints, order: np.ndarray, window: float, max_neighbours: int
+) -> Iterator[np.ndarray]:
     """Find pairs of molecules of the same key whose averages all agree within ``window``.
-
-    Molecules are sorted by key and first average; each is compared with the ones that follow.
 
     Parameters
     ----------
     prints : Fingerprints
         Of n molecules. Averages that are not finite match nothing.
+    order : numpy.ndarray
+        Molecules in the order of `sorting`, or some of them; each is compared with the ones that follow.
     window : float
         Largest difference of each average.
     max_neighbours : int
         How many of those that follow a molecule within the window of the first average are looked at.
-    order : numpy.ndarray, optional
-        `sorting` of ``prints``, if it is there already.
 
-    Returns
-    -------
+    Yields
+    ------
     numpy.ndarray
-        (m, 2) int64, indices of molecules.
+        (m, 2) int64, indices of molecules; those of `MOLECULES_PER_BLOCK` molecules at a time.
     """
-    order = sorting(prints) if order is None else order
-    keys, averages = prints.keys[order], prints.averages[order]
-    active = np.arange(len(order))
-    found = []
-    for shift in range(1, max_neighbours + 1):
-        active = active[active < len(order) - shift]
-        after = active + shift
-        # The last term is false for NaN.
-        near = (keys[active] == keys[after]) & (averages[after, 0] - averages[active, 0] <= window)
-        active, after = active[near], after[near]
-        if not len(active):
-            break
-        alike = (np.abs(averages[active, 1:] - averages[after, 1:]) <= window).all(axis=1)
-        found.append(np.stack([order[active[alike]], order[after[alike]]], axis=1))
-    return np.concatenate(found) if found else np.zeros((0, 2), np.int64)
+    for first in range(0, len(order), MOLECULES_PER_BLOCK):
+        block = order[first : first + MOLECULES_PER_BLOCK + max_neighbours]
+        keys, averages = prints.keys[block], prints.averages[block]
+        active = np.arange(min(MOLECULES_PER_BLOCK, len(block)))
+        for shift in range(1, max_neighbours + 1):
+            active = active[active < len(block) - shift]
+            after = active + shift
+            # The last term is false for NaN.
+            near = (keys[active] == keys[after]) & (averages[after, 0] - averages[active, 0] <= window)
+            active, after = active[near], after[near]
+            if not len(active):
+                break
+            alike = (np.abs(averages[active, 1:] - averages[after, 1:]) <= window).all(axis=1)
+            yield np.stack([block[active[alike]], block[after[alike]]], axis=1)
 
 
 def sorting(prints: Fingerprints) -> np.ndarray:

@@ -50,10 +50,8 @@ def close_pairs(source: MoleculeSource, prints: Fingerprints) -> tuple[np.ndarra
     work, energy_change, stiffness : numpy.ndarray
         (m,) each, as `aimnet2mult.data.checks.units.force_relation` takes them.
     """
-    order = geometry.sorting(prints)
-    pairs = geometry.neighbour_pairs(
-        prints, FORCE_WINDOW, FORCE_NEIGHBOURS, evenly(order, FORCE_CANDIDATES, FORCE_BLOCK)
-    )
+    order = evenly(geometry.sorting(prints), FORCE_CANDIDATES, FORCE_BLOCK)
+    pairs = np.concatenate([NO_PAIRS, *geometry.neighbour_pairs(prints, order, FORCE_WINDOW, FORCE_NEIGHBOURS)])
     pairs = evenly(pairs, FORCE_PAIRS_READ)
     found = [np.zeros((0, 4))]
     for block in _blocks_of_one_size(pairs, source.n_atoms[pairs[:, 0]]):
@@ -150,11 +148,46 @@ class EqualPairs(NamedTuple):
 MAX_NEIGHBOURS = 64
 """Molecules with nearly the same averages of distances that each one is compared with."""
 
+ROUNDING = 1e-5
+"""Å; averages of the distances of copies, stored as float32, differ by less."""
+
+NO_PAIRS = np.zeros((0, 2), np.int64)
+
 MAX_CANDIDATES = 200_000
 """Pairs of candidates for the same geometry that are read and compared distance by distance."""
 
 DIATOMIC_SHARE = 0.1
 """Of the threshold for duplicates, for two atoms: scans of a single distance are dense, coincidences usual."""
+
+
+def _candidates(prints: Fingerprints, tolerance: float) -> tuple[np.ndarray, bool]:
+    """Pairs (m, 2) that may have the same geometry, ascending in each row, and whether these are all such pairs.
+
+    Dense data (a long trajectory of one molecule) have too many similar geometries to compare all of them; then only
+    the more similar ones are, so that true copies are found in any case.
+    """
+    order = geometry.sorting(prints)
+    copies, _ = _limited(prints, order, ROUNDING)
+    window, complete = tolerance + ROUNDING, True  # no average differs by more than the distances do
+    while True:
+        similar, everything = _limited(prints, order, window)
+        complete &= everything
+        if everything or window <= ROUNDING:
+            break
+        window *= 0.1
+    candidates = np.unique(np.sort(np.concatenate([copies, similar]), axis=1), axis=0)
+    return candidates, complete
+
+
+def _limited(prints: Fingerprints, order: np.ndarray, window: float) -> tuple[np.ndarray, bool]:
+    """Neighbours (m, 2) up to `MAX_CANDIDATES`, and whether these are all."""
+    found, count = [NO_PAIRS], 0
+    for pairs in geometry.neighbour_pairs(prints, order, window, MAX_NEIGHBOURS):
+        found.append(pairs)
+        count += len(pairs)
+        if count > MAX_CANDIDATES:
+            break
+    return evenly(np.concatenate(found), MAX_CANDIDATES), count <= MAX_CANDIDATES
 
 
 def equal_geometries(
@@ -173,10 +206,7 @@ def equal_geometries(
     limits : Thresholds
         Its ``duplicate`` says what the same is.
     """
-    # No average differs by more than the distances do, but for rounding to float32.
-    candidates = geometry.neighbour_pairs(prints, limits.duplicate + 1e-5, MAX_NEIGHBOURS)
-    complete = len(candidates) <= MAX_CANDIDATES
-    candidates = np.sort(evenly(candidates, MAX_CANDIDATES), axis=1)
+    candidates, complete = _candidates(prints, limits.duplicate)
     n_atoms = np.zeros(len(candidates), np.int64)
     owners = owners_of(starts, candidates[:, 0])
     for owner in np.unique(owners).tolist():
@@ -190,7 +220,7 @@ def equal_geometries(
         same = mismatch <= share * limits.duplicate
         found.append((block[same], mismatch[same], (b["energy"] - a["energy"])[same]))
     if not found:
-        return EqualPairs(np.zeros((0, 2), np.int64), np.zeros(0), np.zeros(0), complete)
+        return EqualPairs(NO_PAIRS, np.zeros(0), np.zeros(0), complete)
     indices, mismatch, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((indices[:, 1], indices[:, 0]))
     return EqualPairs(indices[order], mismatch[order], change[order], complete)

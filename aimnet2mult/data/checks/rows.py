@@ -166,7 +166,7 @@ def _no_electrons(m: Molecules, _: Thresholds) -> Marked:
 def _wrong_parity(m: Molecules) -> np.ndarray:
     electrons, unpaired = np.rint(m.electrons), np.rint(m.mult) - 1
     integers = (np.abs(m.electrons - electrons) < 1e-3) & (np.abs(m.mult - 1 - unpaired) < 1e-3)
-    return integers & (np.mod(electrons - unpaired, 2) == 1)
+    return integers & (unpaired >= 0) & (np.mod(electrons - unpaired, 2) == 1)
 
 
 def _parity(m: Molecules, _: Thresholds) -> Marked:
