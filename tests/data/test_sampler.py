@@ -784,6 +784,17 @@ def test_share_of_a_fidelity_without_training_molecules():
     ]
 
 
+def test_shares_and_names_reach_the_sampler_of_a_loader():
+    dataset = MixedFidelityDataset({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)})
+    shares = {0: 0.25, 1: 0.5, 2: 0.25}
+    loader = make_loader(
+        dataset, batch_size=40, sampling_strategy="shares", fidelity_shares=shares, fidelity_names=NAMES
+    )
+    drawn = Counter(f for x, _ in loader for f in x["_fidelities"].tolist())
+    assert drawn == {0: 140, 1: 280, 2: 140}
+    assert list(loader.batch_sampler.report().to_dict()["fidelities"]) == ["gfn2", "wb97m", "ccsd"]
+
+
 def test_shares_contradict_other_strategies():
     n_atoms, fidelities = population({0: 10, 1: 5})
     with pytest.raises(ValueError, match=r"data.fidelity_shares: given, but sampling_strategy is weighted"):
