@@ -56,8 +56,8 @@ UNIT_NAMES = {quantity: f"{quantity}_unit" for quantity in UNITS}
 BUFFER_ATOMS = 2**17
 """Atoms of frames that are kept in memory before they go into the spool file."""
 
-CHUNK_BYTES = 2**18
-"""Size of the chunks of the spool file."""
+CHUNK_BYTES = 2**15
+"""Size of the chunks of the spool file: small, since each array of each group takes at least one."""
 
 WHOLE_CHARGE = 0.05
 """Charges of atoms must sum to a whole number within this, e."""
@@ -337,7 +337,7 @@ class FrameReader:
         self._found.add(key)
         used.update(name for name, _ in hits)
         for name, value in hits[1:]:
-            if name != hits[0][0] and str(value) != str(hits[0][1]):
+            if name != hits[0][0] and not np.array_equal(_real((name, value), None), _real(hits[0], None)):
                 raise ValueError(
                     f"{hits[0][0]} is {hits[0][1]} and {name} is {value}; which is meant? Give --key {key}={name} "
                     f"or --key {key}={hits[0][0]}."
@@ -585,27 +585,24 @@ class Spool:
 
     def _append(self, group: h5py.Group, n_atoms: int, key: str, rows: Sequence[tuple[str, Row]]) -> None:
         count, present = self._counts[n_atoms], [(where, row[key]) for where, row in rows if key in row]
-        if len(present) < len(rows):
-            self._lacking.setdefault((n_atoms, key), next(where for where, row in rows if key not in row))
         if key not in group and count:
             self._lacking.setdefault((n_atoms, key), self._first[n_atoms])
+        if len(present) < len(rows):
+            self._lacking.setdefault((n_atoms, key), next(where for where, row in rows if key not in row))
         if present:
             kind = self._kind(key, present)
-            if key in group:
-                dataset = self._widened(group, key, kind, present[0][0])
-            else:
-                dataset = _growing(group, key, count, kind)
-            kind = array_type(dataset)
-            blank = None if kind.dtype.kind in "biu" else _blank(kind)
-            values = [row.get(key, blank) for _, row in rows]
-        if (n_atoms, key) in self._lacking and (not present or kind.dtype.kind in "biu" or key == "cell"):
-            if not present and key in group and array_type(group[key]).dtype.kind in "fO" and key != "cell":
-                group[key].resize(count + len(rows), axis=0)
-                return
+            known = key in group
+            dataset = self._widened(group, key, kind, present[0][0]) if known else _growing(group, key, count, kind)
+        else:
+            dataset = group[key]
+        kind = array_type(dataset)
+        if (n_atoms, key) in self._lacking and (kind.dtype.kind not in "fO" or key == "cell"):
             has = present[0][0] if present else self._first[n_atoms]
             raise StructureError(self._not_everywhere(key, self._lacking[n_atoms, key], has, n_atoms))
         dataset.resize(count + len(rows), axis=0)
-        dataset[count:] = np.array(values, object) if kind.is_text else np.array(values, kind.dtype)
+        if present:
+            values = [row[key] if key in row else _blank(kind) for _, row in rows]
+            dataset[count:] = np.array(values, object if kind.is_text else kind.dtype)
 
     @staticmethod
     def _not_everywhere(key: str, lacking: str, has: str, n_atoms: int) -> str:

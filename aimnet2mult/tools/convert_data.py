@@ -329,12 +329,17 @@ def convert(
     from tqdm import tqdm
 
     from aimnet2mult.data.convert import Merger, write_extxyz, write_hdf5, write_npz
-    from aimnet2mult.data.frames import FrameReader, FrameRules
+    from aimnet2mult.data.frames import UNIT_NAMES, FrameReader, FrameRules
 
     rules = rules or FrameRules()
     output = Path(output)
     files = expand_inputs(inputs)
     kind = _check_output(output, files, compression, overwrite)
+    for name in attributes or {}:
+        if name in UNIT_NAMES.values():
+            raise ValueError(
+                f"attribute {name}: is set by the conversion. State the unit of the input with its option."
+            )
     if all(_format(file) in ARRAY_FORMATS for file in files):
         _check_no_frame_options(rules)
     reader = FrameReader(rules)

@@ -475,6 +475,7 @@ def test_labels_may_come_and_go_between_flushes(tmp_path, monkeypatch):
         ("total_charge=1 multiplicity=1", OH, 1, 1),
         ("charge=0 spin=2", OH, 0, 2),
         ("charge=1.0 spin=1.0", OH, 1, 1),
+        ("charge=1 total_charge=1.0 mult=1 spin=1", OH, 1, 1),
         ("", H2, 0, 1),
     ],
 )
@@ -767,7 +768,7 @@ def test_broken_npz_is_named(tmp_path, fault):
     ("key", "value", "message"),
     [("coord", np.nan, "row 2: coord is NaN"), ("numbers", 201, "row 2: numbers must be 1 to 118")],
 )
-@pytest.mark.parametrize("suffix", [".h5", ".xyz"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_bad_values_in_datasets_leave_nothing(tmp_path, key, value, message, suffix):
     arrays = group(4, 3)
     arrays[key][2, 1] = value
@@ -823,6 +824,7 @@ def test_attributes_that_text_cannot_hold_are_named(tmp_path, caplog):
         (["in.xyz", "o.h5", "--drop", "energy"], "every dataset needs coord, numbers, charge, energy"),
         (["in.xyz", "o.h5", "--drop", "stres"], "--drop stres: no input has it"),
         (["in.xyz", "o.h5", "--dtype", "float16"], "--dtype float16"),
+        (["in.xyz", "o.h5", "--attribute", "energy_unit=Ha"], "attribute energy_unit: is set by the conversion"),
         (["in.xyz", "o.h5", "--compression", "zip"], "did you mean gzip?"),
         (["in.xyz", "o.xyz", "--compression", "gzip"], "only .h5 files can be compressed"),
         (["old.h5", "o.xyz", "--key", "energy=E"], "--key: has no effect on .h5 and .npz files"),
