@@ -408,15 +408,15 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         _check_weights(weights, self._names)
         _check_shares(shares, self.strategy, self._names, self._members)
         counts = {f: len(members) for f, members in self._members.items()}
+        if self.strategy != "weighted" and any(weight != 1.0 for weight in weights.values()):
+            logger.warning(f"data.fidelity_weights are not used: sampling_strategy is {self.strategy}, not weighted.")
         if self.strategy == "weighted":
             demand = {f: _fraction(weights.get(f, 1.0)) * n for f, n in counts.items()}
-        elif any(weight != 1.0 for weight in weights.values()):
-            logger.warning(f"data.fidelity_weights are not used: sampling_strategy is {self.strategy}, not weighted.")
-        if self.strategy == "uniform":
+        elif self.strategy == "uniform":
             demand = {f: Fraction(n) for f, n in counts.items()}
-        if self.strategy == "balanced":
+        elif self.strategy == "balanced":
             demand = scaled(dict.fromkeys(counts, Fraction(1)), sum(counts.values()))
-        if self.strategy == "shares":
+        else:
             demand = scaled({f: _fraction(shares[f]) for f in counts}, sum(counts.values()))
         if not any(demand.values()):
             raise ValueError(
@@ -488,7 +488,7 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
             needed += 1  # for the epochs that have one draw more
         if needed > most:
             logger.warning(
-                f"data: {float(total):g} draws per epoch are made {most}, so that {self.world_size} processes have the "
+                f"data: {float(total):g} draws per epoch are made {most}, so that all epochs and processes have the "
                 "same number of batches; shares stay the same."
             )
             self._demand, self._cut_first = scaled(self._demand, most), None

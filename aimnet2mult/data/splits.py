@@ -38,6 +38,12 @@ MAX_CHANGES = 100
 SPLIT_FORMAT = 1
 """Version of the file that `save_split` writes."""
 
+DAMAGE = (
+    *(LookupError, TypeError, AttributeError, ValueError),  # archives of something else
+    *(OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error),  # bytes that have changed
+)
+"""What reading raises where a file is not, or no longer, one that `save_split` wrote."""
+
 
 def split_indices(
     dataset: MixedFidelityDataset,
@@ -402,16 +408,7 @@ def _read_split(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         record = json.loads(str(arrays.pop("record")))
         if set(arrays) != {f"val/{name}" for name in record["fidelities"]} or record["format"] != SPLIT_FORMAT:
             raise KeyError("format")
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a split of molecules, expected what save_split writes ({error}).") from error
     return record, arrays
 

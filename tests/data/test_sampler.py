@@ -493,7 +493,9 @@ def test_three_molecules_for_two_processes(caplog):
     """What cannot be divided comes in the next epoch, so that none is left out for ever."""
     n_atoms, fidelities = population({0: 3})
     ranks = [make(n_atoms, fidelities, batch_size=1, rank=rank, world_size=2) for rank in range(2)]
-    assert "3 draws per epoch are made 2, so that 2 processes have the same number of batches" in caplog.text
+    assert (
+        "3 draws per epoch are made 2, so that all epochs and processes have the same number of batches" in caplog.text
+    )
     seen = Counter()
     for epoch in range(9):
         mine = [epoch_of(sampler, epoch) for sampler in ranks]

@@ -456,6 +456,20 @@ def test_files_that_are_no_split(real, saved, tmp_path):
             load_split(tmp_path / f"{name}.npz", real)
 
 
+def test_changed_bytes_are_refused_or_without_effect(saved, real):
+    """An archive has bytes without meaning; all others are protected by checksums."""
+    path, _, val = saved
+    content, refused = path.read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(content), 200):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :])
+        try:
+            np.testing.assert_array_equal(load_split(path, real, NAMES)[1], val)
+        except ValueError:
+            refused += 1
+    assert refused > 50
+
+
 def test_split_is_the_same_in_another_process(real, tmp_path):
     """Neither depends on the hash seed of Python."""
     code = (
