@@ -21,6 +21,7 @@ import contextlib
 import glob
 import hashlib
 import logging
+import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,10 +78,7 @@ class _Array(NamedTuple):
     dtype: np.dtype[Any]
     offset: int | None  # in bytes from the start of the file; None: not in one piece, only HDF5 can read it
     chunk_rows: int  # rows that HDF5 reads at a time
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+    row_bytes: int
 
     @property
     def to_cache(self) -> bool:
@@ -460,7 +458,8 @@ def _read_group(group: h5py.Group, where: str, n_atoms: int, user_block: int) ->
             raise DatasetError(f"{where}: {key} is not an array. Remove it.")
         _check_array(where, key, dataset.shape, dataset.dtype, n_molecules, n_atoms)
         chunk_rows = dataset.chunks[0] if dataset.chunks else WINDOW_ROWS
-        arrays[key] = _Array(dataset.shape, dataset.dtype, _locate(dataset, user_block), chunk_rows)
+        row_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        arrays[key] = _Array(dataset.shape, dataset.dtype, _locate(dataset, user_block), chunk_rows, row_bytes)
     return arrays
 
 

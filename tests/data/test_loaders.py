@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from aimnet2mult.data import loaders
 from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import DatasetError
@@ -165,7 +166,28 @@ def test_fault_in_the_data_is_reported_in_the_same_words(tmp_path, num_workers):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("pin_memory", [True, False])
-def test_batches_lie_in_pinned_memory(dataset, pin_memory):
-    x, y = next(iter(make_loader(dataset, batch_size=8, pin_memory=pin_memory)))
+def test_batches_lie_in_pinned_memory(dataset, pin_memory, num_workers):
+    x, y = next(iter(make_loader(dataset, batch_size=8, pin_memory=pin_memory, num_workers=num_workers)))
     assert all(tensor.is_pinned() == pin_memory for tensor in (*x.values(), *y.values()))
+
+
+def test_workers_use_no_shared_memory(watched, monkeypatch):
+    """Tensors sent through torch's queues would fill /dev/shm, which containers keep small, and take far longer."""
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", lambda *_: pytest.fail("shared memory"))
+    for x, y in make_loader(watched, batch_size=100, num_workers=1):
+        for tensor in (*x.values(), *y.values()):
+            assert isinstance(tensor, torch.Tensor)
+            assert not tensor.is_shared()
+            tensor.zero_()  # as writable as a batch that was made here
+
+
+def test_batches_of_workers_are_pinned_by_the_loader(dataset, monkeypatch):
+    """What the thread of torch's loader that pins does, without a GPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    samples = dataset.__getitems__([0, 300])
+    x, y = torch.utils.data._utils.pin_memory.pin_memory(loaders._Parcel(samples))
+    expected_x, expected_y = loaders.collate(samples)
+    assert torch.equal(x["coord"], expected_x["coord"] + 1)
+    assert torch.equal(y["forces"], expected_y["forces"] + 1)
