@@ -313,6 +313,8 @@ class Merger:
         Of the user, of all parts as far as they agree, and the units.
     dropped_attributes : list of str
         Names of attributes that the parts do not agree on.
+    filled_mults : int
+        Molecules that have been given a multiplicity as the pieces were handed out.
 
     Raises
     ------
@@ -329,6 +331,7 @@ class Merger:
     ) -> None:
         self.parts = list(parts)
         self.default_mult = default_mult
+        self.filled_mults = 0
         sizes: Counter[int] = Counter()
         for part in parts:
             sizes.update(part.sizes)
@@ -374,7 +377,7 @@ class Merger:
                         f"Leave it out: --drop {key}"
                     )
                 joined = np.dtype(np.float64)
-            if key == "energy" and any("energy" in part.factors for part in have):
+            if (key == "energy" or joined.kind in "iu") and any(key in part.factors for part in have):
                 joined = np.dtype(np.float64)
             if dtype is not None and key in LAYOUT_KEYS and key != "energy" and joined.kind == "f":
                 joined = np.dtype(dtype)
@@ -419,6 +422,7 @@ class Merger:
             return mult
         try:
             mult[missing] = filled_mult(piece["numbers"][missing], piece["charge"][missing], self.default_mult)
+            self.filled_mults += int(missing.sum())
         except RowError as error:
             row = int(np.flatnonzero(missing)[error.row])
             raise DatasetError(f"{part.where(n_atoms, first + row)}: {error}") from error

@@ -231,7 +231,7 @@ def read_extxyz(path: str | Path) -> Iterator[Frame]:
                 yield _frame(where, comment, lines, number)
                 number += 1 + n_atoms
     except UnicodeDecodeError as error:
-        raise StructureError(f"{path}: not a text file in UTF-8 ({error.reason} after frame {index})") from error
+        raise StructureError(f"{path}: not a text file in UTF-8 ({error.reason} near frame {index + 1})") from error
     if index < 0:
         raise StructureError(f"{path}: holds no structures")
 

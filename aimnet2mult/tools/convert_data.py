@@ -430,6 +430,8 @@ def _with_progress(paths: Iterable[Path]) -> Iterator[Frame]:
 
 def _report(merger: Merger, labels: Mapping[str, int], reader: FrameReader) -> list[str]:
     """What has been written, assumed and left out, in words."""
+    from collections import Counter
+
     from aimnet2mult.data.frames import LABEL_KEYS
 
     sizes = list(merger.sizes)
@@ -439,7 +441,8 @@ def _report(merger: Merger, labels: Mapping[str, int], reader: FrameReader) -> l
     units = {**reader.converted, **conversions}
     if units:
         lines.append("converted to eV and Å: " + ", ".join(f"{key} x {factor:.9g}" for key, factor in units.items()))
-    for key, count in reader.defaults.items():
+    defaults = reader.defaults + Counter(mult=merger.filled_mults)
+    for key, count in defaults.items():
         value = reader.rules.default_charge or 0 if key == "charge" else reader.rules.default_mult or 1
         lines.append(f"{key}: not stated by {count} of {len(merger)} structures; {value} was taken")
     if merger.dropped_attributes:

@@ -378,6 +378,13 @@ def test_units_that_arrays_do_not_state(tmp_path):
     assert found["forces"].dtype == np.float32
 
 
+def test_whole_numbers_are_not_cut_off_by_a_conversion(tmp_path):
+    coord = np.arange(18).reshape(2, 3, 3)
+    write_dataset(tmp_path / "a.h5", {3: {**group(2, 3), "coord": coord}})
+    convert([tmp_path / "a.h5"], tmp_path / "b.h5", FrameRules(units={"coord": "Bohr"}))
+    np.testing.assert_allclose(contents(tmp_path / "b.h5")[0]["003"]["coord"], coord * units.Bohr, rtol=1e-14)
+
+
 def test_units_that_a_frame_states(tmp_path):
     path = write_xyz(
         tmp_path / "a.xyz",
@@ -591,6 +598,7 @@ def test_inputs_of_all_kinds_are_joined_in_their_order(tmp_path):
     inputs = [tmp_path / name for name in ("c.xyz", "b.npz", "a.h5", "c.xyz")]
     rules = FrameRules(default_mult="lowest")
     lines = convert(inputs, tmp_path / "o.h5", rules, attributes={"level": "y"})
+    assert "mult: not stated by 2 of 7 structures; lowest was taken" in lines
     groups, attributes = contents(tmp_path / "o.h5")
     np.testing.assert_array_equal(groups["003"]["energy"], [-1.0, *bare["energy"], *arrays["energy"]])
     np.testing.assert_array_equal(groups["003"]["mult"], [1, *bare["mult"], *arrays["mult"]])
