@@ -45,6 +45,8 @@ class Inputs:
         Share of the molecules of ``files`` that training splits off for validation.
     seed : int
         Seed of that split.
+    split_by : str
+        What stays together in it (`aimnet2mult.data.splits.split_indices`).
     """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Inputs:
     sae: dict[str, Path] = field(default_factory=dict)
     val_fraction: float = 0.0
     seed: int = 0
+    split_by: str = "molecule"
 
 
 def inputs_of_arguments(datasets: Sequence[str], validation: Sequence[str], sae: Sequence[str]) -> Inputs:
@@ -69,6 +72,8 @@ def inputs_of_arguments(datasets: Sequence[str], validation: Sequence[str], sae:
     for argument in datasets:
         name, _, file = argument.partition("=")
         if file and not Path(argument).exists():
+            if not name:
+                raise ValueError(f"{argument}: the name before = is missing")
             named.setdefault(name, []).append(file)
             continue
         for path in expand_files(argument):
@@ -181,14 +186,12 @@ def _held_out(inputs: Inputs, sources: Mapping[str, MoleculeSource]) -> dict[str
     except DatasetError:  # the checks will say what is wrong
         logger.warning("the split is not checked, since training would refuse the data")
         return {}
-    _, held_out = split_indices(dataset, inputs.val_fraction, inputs.seed)
-    result, first = {}, 0
-    for name, source in sources.items():
-        if name not in inputs.validation:  # separate files take the place of the split
-            mine = held_out[(held_out >= first) & (held_out < first + len(source))]
-            result[name] = np.asarray(mine - first)
-        first += len(source)
-    return result
+    divided = [f for f, name in enumerate(sources) if name not in inputs.validation]
+    names = dict(enumerate(sources))
+    _, held_out = split_indices(dataset, inputs.val_fraction, inputs.seed, inputs.split_by, divided, names)
+    starts = np.cumsum([0, *map(len, sources.values())])
+    parts = np.split(held_out, np.searchsorted(held_out, starts[1:-1]))
+    return {name: part - start for name, part, start in zip(sources, parts, starts[:-1], strict=True)}
 
 
 @click.command(context_settings={"show_default": True})

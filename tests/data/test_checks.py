@@ -19,7 +19,8 @@ from aimnet2mult.data.checks.geometry import (
     sorting,
     superpose,
 )
-from aimnet2mult.data.checks.units import energy_unit, length_unit, units_of_ratio
+from aimnet2mult.data.checks.units import energy_unit, force_relation, length_unit, units_of_ratio
+from aimnet2mult.data.sae import composition, fit_sae, sae_energy
 from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset, open_dataset, write_dataset
 from aimnet2mult.utils.units import BOHR_ANGSTROM, EV_KCAL_MOL, EV_KJ_MOL, HARTREE_EV
 
@@ -327,7 +328,7 @@ def test_energies_in_other_units(name, unit, factor, groups, tmp_path):
     source = write(tmp_path / "data.h5", change(groups(name), energy=factor))
     for findings in (check({"a": source}).findings, quick_checks(source, "a")):
         found = the(findings, "energy_unit")
-        assert found.severity == "warning"
+        assert (found.severity, found.places) == ("warning", (Place(str(tmp_path / "data.h5")),))
         assert f"look like {unit}, not eV" in found.message
 
 
@@ -419,6 +420,18 @@ def test_forces_of_coordinates_in_bohr(example, tmp_path):
     assert units_of_ratio(BOHR_ANGSTROM, "Bohr", "Hartree")[0] == ("Hartree", "Hartree/Å")
 
 
+def test_energies_without_reference_and_their_forces_in_kcal_mol(example, tmp_path):
+    arrays = example("fid1_gfn2_train")
+    numbers, energies = (np.concatenate([v[key].ravel() for v in arrays.values()]) for key in ("numbers", "energy"))
+    elements = np.unique(numbers).tolist()
+    fit = fit_sae(np.concatenate([composition(v["numbers"], elements) for v in arrays.values()]), energies, elements)
+    for values in arrays.values():
+        values["energy"] = values["energy"] - sae_energy(values["numbers"], fit.sae)
+    assert not check({"a": write(tmp_path / "ev.h5", arrays)}).count("warning")
+    report = check({"a": write(tmp_path / "kcal.h5", change(arrays, energy=EV_KCAL_MOL, forces=EV_KCAL_MOL))})
+    assert kinds(report.findings, "warning") == {"force_scale", "energy_and_forces_unit"}
+
+
 def test_forces_of_other_molecules(example, tmp_path):
     arrays = example()
     for values in arrays.values():
@@ -432,6 +445,17 @@ def test_forces_of_another_order_of_atoms(example, tmp_path):
         values["forces"] = values["forces"][:, ::-1]
     findings = check({"gfn2": write(tmp_path / "data.h5", arrays)}).findings
     assert {"forces_unrelated", "torque"} <= kinds(findings)
+
+
+def test_pairs_of_relaxed_geometries_say_nothing():
+    """Work and energy change are both noise there."""
+    rng = np.random.default_rng(0)
+    work, energy, stiffness = 3e-4 * rng.normal(size=200), 5e-4 * rng.normal(size=200), np.full(200, 30.0)
+    assert force_relation(work, energy, stiffness) is None
+    relation = force_relation(100 * work, 100 * work + energy, stiffness)
+    assert relation.consistent
+    assert relation.related
+    assert relation.slope == pytest.approx(1.0, abs=0.02)
 
 
 def test_large_and_zero_forces_without_pairs(groups, tmp_path):
@@ -608,6 +632,7 @@ def test_validation_geometry_of_another_fidelity(fixtures_dir):
     found = the(leakage(sources, validation), "leak_across")
     assert (found.severity, found.count) == ("warning", 3)
     assert [(p.group, p.row) for p in found.places] == [("007", 12), ("008", 13), ("009", 2)]
+    assert "fid2 (3)" in found.message
 
 
 def test_elements_of_one_side_only(groups, tmp_path):
@@ -759,7 +784,10 @@ def test_report_as_text_and_json(groups, tmp_path):
     assert content["counts"]["error"] == 1
     assert content["findings"][0]["kind"] == "bad_coord"
     assert content["findings"][0]["places"] == [{"file": str(tmp_path / "data.h5"), "group": "007", "row": 3}]
-    assert content["datasets"]["dft"]["molecules"] == 160
+    assert content["datasets"]["dft"]["molecules"] == sum(content["datasets"]["dft"]["sizes"].values()) == 160
+    assert content["datasets"]["dft"]["sizes"]["9"] == 5
+    assert content["datasets"]["dft"]["dtypes"]["numbers"] == "int32"
+    assert content["datasets"]["dft"]["dtypes"]["energy"] == "float64"
     assert content["datasets"]["dft"]["elements"]["Br"]["molecules"] == 7
     text = report.text()
     assert "ERROR  dft: 1 of 160 molecules with NaN or infinite coordinates" in text

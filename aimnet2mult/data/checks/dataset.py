@@ -22,7 +22,7 @@ from aimnet2mult.data.checks.sample import (
     SAMPLE_MOLECULES,
     Sample,
 )
-from aimnet2mult.data.checks.units import force_relation, units_of_ratio
+from aimnet2mult.data.checks.units import STIFFEST, force_relation, units_of_ratio
 
 
 class Examined:
@@ -64,8 +64,8 @@ class Examined:
         self.tallies = RowTallies(name, source, limits)
         self.sample = Sample()
         self.summary = Summary([str(file) for file in source.files], len(source))
-        if len(source):
-            self.summary.sizes = (int(source.n_atoms.min()), int(source.n_atoms.max()))
+        sizes, counts = np.unique(source.n_atoms, return_counts=True)
+        self.summary.sizes = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
         self.atoms = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
         self.molecules = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
         self.examples: dict[int, list[int]] = {}
@@ -93,8 +93,8 @@ class Examined:
 
     def _note_arrays(self, molecules: Molecules) -> None:
         summary = self.summary
-        for key in molecules.arrays:
-            self.dtypes.setdefault(key, set()).add(molecules[key].dtype)
+        for key, dtype in molecules.dtypes.items():
+            self.dtypes.setdefault(key, set()).add(dtype)
         for key, (complete, _, _) in molecules.label_state.items():
             summary.labels[key] = summary.labels.get(key, 0) + int(complete.sum())
         size = np.abs(molecules["energy"][np.isfinite(molecules["energy"])]).max(initial=0.0)
@@ -207,21 +207,32 @@ def check_rare_elements(data: Examined) -> Iterator[Finding]:
     limit = min(data.limits.rare_element, len(data.source))
     rare = [z for z in sorted(data.elements) if data.molecules[z] < limit]
     if rare:
+        examples = sorted({data.examples[z][0] for z in rare})[: data.limits.max_examples]
         listed = ", ".join(f"{ELEMENT_SYMBOLS[z]} ({data.molecules[z]})" for z in rare)
         yield Finding(
             "rare_element",
             "note",
             data.name,
             f"elements in fewer than {limit} molecules: {listed}. Do not expect them to be learnt from this dataset.",
-            int(data.molecules[rare].sum()),
-            tuple(locate(data.source, data.examples[z][0]) for z in rare[: data.limits.max_examples]),
+            None,
+            tuple(locate(data.source, index) for index in examples),
         )
 
 
 def check_forces(data: Examined) -> Iterator[Finding]:
     """Forces that are not minus the gradient of the energies."""
     pairs = data.summary.force_pairs
-    if pairs is None or (pairs.related and pairs.consistent):
+    if pairs is None:
+        return
+    if pairs.related and pairs.consistent:
+        if pairs.stiffness > STIFFEST and data.sample.energy_guess is None:
+            yield Finding(
+                "energy_and_forces_unit",
+                "warning",
+                data.name,
+                f"energies and forces go together, but neither is likely in units of eV: forces change by "
+                f"{pairs.stiffness:.0f} eV/Å for each Å of displacement (bonds: 5 to 100). kcal/mol or kJ/mol?",
+            )
         return
     seen = f"between {pairs.n_pairs} pairs of close geometries, energies change by {pairs.slope:.3g} times the work"
     if not pairs.related:

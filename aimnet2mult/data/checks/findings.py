@@ -91,7 +91,7 @@ class Finding:
     count : int or None
         Molecules concerned; None if it concerns the dataset as a whole.
     places : tuple of Place
-        The first of these molecules.
+        The first of these molecules, or the files.
     """
 
     kind: str
@@ -161,8 +161,8 @@ class Summary:
         Where it lies.
     molecules : int
         Number of molecules.
-    sizes : tuple of int
-        Smallest and largest number of atoms.
+    sizes : dict of int to int
+        Number of atoms -> molecules of that size, ascending.
     elements : dict of str to dict of str to int
         Symbol -> ``atoms`` and ``molecules`` that hold it.
     labels : dict of str to int
@@ -185,7 +185,7 @@ class Summary:
 
     files: list[str]
     molecules: int
-    sizes: tuple[int, int] = (0, 0)
+    sizes: dict[int, int] = field(default_factory=dict)
     elements: dict[str, dict[str, int]] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     charges: dict[int, int] = field(default_factory=dict)
@@ -200,12 +200,12 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain data for JSON."""
         pairs = None if self.force_pairs is None else self.force_pairs._asdict()
-        return {**asdict(self), "sizes": list(self.sizes), "force_pairs": pairs}
+        return {**asdict(self), "force_pairs": pairs}
 
     def text(self, name: str) -> str:
         """Return the facts for people."""
         files = short_path(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
-        sizes = " to ".join(str(size) for size in sorted(set(self.sizes)))
+        sizes = " to ".join(str(size) for size in sorted({min(self.sizes), max(self.sizes)}))
         lines = [f"{name}: {counted(self.molecules, 'molecule')} of {sizes} atoms in {files}"]
         columns = [f"{symbol} {n['molecules']}" for symbol, n in self.elements.items()]
         lines.append(f"  elements   {', '.join(columns)} (molecules that hold them)")

@@ -119,7 +119,7 @@ class Overlap:
 
     def shared(self) -> Iterator[Finding]:
         """Geometries that several fidelities have."""
-        for a, b, chosen in self._between(validation=False):
+        for a, b, chosen in self._between():
             names = f"{self.parts[a].name}, {self.parts[b].name}"
             count = len(np.unique(self.pairs.indices[chosen, 0]))
             change = self.pairs.energy_change[chosen]
@@ -148,36 +148,47 @@ class Overlap:
                 )
 
     def leaks(self) -> Iterator[Finding]:
-        """Validation molecules whose geometry is trained on."""
-        indices, owners, validates = self.pairs.indices, self.owners, self.validates
-        leaking = validates[:, 0] != validates[:, 1]
-        rows = np.flatnonzero(leaking)
-        column = np.where(validates[rows, 0], 0, 1)
-        held, trained = indices[rows, column], indices[rows, 1 - column]
-        held_by, trained_by = owners[rows, column], owners[rows, 1 - column]
-        for v, t in sorted({(int(v), int(t)) for v, t in zip(held_by, trained_by, strict=True)}):
-            chosen = (held_by == v) & (trained_by == t)
-            molecules, first = np.unique(held[chosen], return_index=True)
-            total = int(self.parts[v].validates.sum())
-            same = self.parts[v].fidelity == self.parts[t].fidelity
-            example = self.places(trained[chosen][first[:1]])[0]
-            count = f"{self.at_least}{len(molecules)} of {total} validation molecules"
-            yield Finding(
-                "leak" if same else "leak_across",
-                "error" if same and len(molecules) > MANY * total else "warning",
-                self.parts[v].name if same else f"{self.parts[v].name}, {self.parts[t].name}",
-                f"{count} trained on, too (the first is {example}): validation errors come out too small. Take "
-                "them out of one of the two."
-                if same
-                else f"{count} of {self.parts[v].fidelity} have the geometry of a training molecule of "
-                f"{self.parts[t].name} (the first is {example}). The model has seen them at another level, so that "
-                "validation errors are too good for unseen molecules. Fine if that is what you want to measure.",
-                len(molecules),
-                self.places(molecules),
-            )
+        """Validation molecules whose geometry is trained on, in their fidelity or in another one."""
+        rows = np.flatnonzero(self.validates[:, 0] != self.validates[:, 1])
+        column = np.where(self.validates[rows, 0], 0, 1)
+        held, trained = self.pairs.indices[rows, column], self.pairs.indices[rows, 1 - column]
+        held_by, trained_by = self.owners[rows, column], self.owners[rows, 1 - column]
+        for number in np.unique(held_by).tolist():
+            fidelity = self.parts[number].fidelity
+            same = np.array([self.parts[owner].fidelity == fidelity for owner in trained_by.tolist()], bool)
+            for chosen, kind in ((same, "leak"), (~same, "leak_across")):
+                mine = chosen & (held_by == number)
+                if mine.any():
+                    yield self._leak(kind, number, held[mine], trained[mine])
 
-    def _between(self, validation: bool) -> Iterator[tuple[int, int, np.ndarray]]:
+    def _leak(self, kind: str, number: int, held: np.ndarray, trained: np.ndarray) -> Finding:
+        """Finding for validation molecules ``held`` of one dataset that equal training molecules ``trained``."""
+        part = self.parts[number]
+        molecules, first = np.unique(held, return_index=True)
+        total = int(part.validates.sum())
+        example = self.places(trained[first[:1]])[0]
+        count = f"{self.at_least}{len(molecules)} of {counted(total, 'validation molecule')}"
+        severity = "warning"
+        if kind == "leak":
+            severity = "error" if len(molecules) > MANY * total else "warning"
+            message = (
+                f"{count} of which the geometry is trained on (the first is {example}): validation errors come out "
+                "too small. Take them out of one of the two."
+            )
+        else:
+            owners = owners_of(self.starts, trained)
+            others = ", ".join(
+                f"{self.parts[owner].fidelity} ({len(np.unique(held[owners == owner]))})"
+                for owner in np.unique(owners).tolist()
+            )
+            message = (
+                f"{count} of which the geometry is trained on in another fidelity: {others}; the first is {example}. "
+                "Validation errors are then not those of unseen molecules, which is fine if it is meant."
+            )
+        return Finding(kind, severity, part.name, message, len(molecules), self.places(molecules))
+
+    def _between(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Pairs of fidelities, and the rows of equal geometries between their training molecules."""
-        use = (self.owners[:, 0] != self.owners[:, 1]) & (self.validates == validation).all(axis=1)
+        use = (self.owners[:, 0] != self.owners[:, 1]) & ~self.validates.any(axis=1)
         for a, b in np.unique(self.owners[use], axis=0).tolist():
             yield a, b, np.flatnonzero(use & (self.owners == (a, b)).all(axis=1))

@@ -32,11 +32,15 @@ class Molecules:
     ----------
     n_atoms : int
         Number N of atoms of each molecule.
+    dtypes : dict of str to numpy.dtype
+        Types of the arrays as they were read.
     """
 
     def __init__(self, indices: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
         self.indices = indices
-        self.arrays = arrays
+        self.dtypes = {key: values.dtype for key, values in arrays.items()}
+        # Unsigned integers do not go below zero, and some functions of numpy do not take them.
+        self.arrays = {**arrays, "numbers": arrays["numbers"].astype(np.int64, copy=False)}
         self.n_atoms = arrays["numbers"].shape[1]
 
     def __len__(self) -> int:
@@ -101,10 +105,10 @@ def _keys(source: MoleculeSource) -> list[str]:
 
 
 def _split(indices: np.ndarray, arrays: dict[str, np.ndarray]) -> Iterator[Molecules]:
-    molecules = Molecules(indices, {**arrays, "numbers": arrays["numbers"].astype(np.int64, copy=False)})
-    step = geometry.rows_per_block(molecules.n_atoms)
-    for first in range(0, len(molecules), step):
-        yield molecules.subset(slice(first, first + step))
+    step = geometry.rows_per_block(arrays["numbers"].shape[1])
+    for first in range(0, len(indices), step):
+        rows = slice(first, first + step)
+        yield Molecules(indices[rows], {key: values[rows] for key, values in arrays.items()})
 
 
 Marked = tuple[np.ndarray, np.ndarray | None]

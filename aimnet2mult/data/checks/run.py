@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
@@ -126,7 +127,7 @@ def check(
             progress.set_description(part.name)
             try:
                 data.read(own, progress)
-                findings += [finding for function in FIDELITY_CHECKS for finding in function(data)]
+                findings += _with_files(part.source, (f for function in FIDELITY_CHECKS for f in function(data)))
             except DatasetError as error:
                 findings.append(unreadable(part.name, error))
                 own.averages[:] = np.nan  # the next dataset takes the place
@@ -182,7 +183,7 @@ def quick_checks(
     findings = [*check_rows(data), *check_sample(data)]
     if data.residuals is not None:
         findings += check_outliers(data, iter(kept))
-    return _worst_first(findings)
+    return _worst_first(_with_files(source, findings))
 
 
 def leakage(
@@ -239,9 +240,15 @@ def unreadable(name: str, error: DatasetError) -> Finding:
     return Finding("unreadable", "error", name, match["rest"], None, (place,))
 
 
+def _with_files(source: MoleculeSource, findings: Iterable[Finding]) -> list[Finding]:
+    """Findings about a dataset as a whole with its files as their places."""
+    files = tuple(Place(str(file)) for file in source.files)
+    return [finding if finding.places else replace(finding, places=files) for finding in findings]
+
+
 def _empty_prints(n: int) -> Fingerprints:
     return Fingerprints(np.zeros(n, np.uint64), np.full((n, 3), np.nan, np.float32))
 
 
-def _worst_first(findings: "Iterator[Finding] | list[Finding]") -> list[Finding]:
+def _worst_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

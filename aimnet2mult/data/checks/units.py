@@ -179,6 +179,12 @@ def energy_unit(numbers: list[np.ndarray], energies: list[np.ndarray]) -> Energy
 MIN_PAIRS = 10
 """Fewer pairs of close geometries do not settle the unit of forces."""
 
+ENERGY_NOISE = 2e-3
+"""eV; pairs with less work and less change of energy say nothing (two relaxed geometries, say)."""
+
+STIFFEST = 400.0
+"""eV/Å²; forces between close geometries change by 5 to 100 eV/Å per Å displacement of the atoms, never by more."""
+
 SLOPE_TOLERANCE = 0.1
 """The ratio of energy change to work may be off by this much beyond its statistical error: displacements are finite."""
 
@@ -231,8 +237,10 @@ def force_relation(work: np.ndarray, energy_change: np.ndarray, stiffness: np.nd
     Returns
     -------
     ForceRelation or None
-        None with fewer than `MIN_PAIRS` pairs, or where no pair has work or energy change.
+        None with fewer than `MIN_PAIRS` pairs that have work or a change of energy.
     """
+    above_noise = np.maximum(np.abs(work), np.abs(energy_change)) > ENERGY_NOISE
+    work, energy_change, stiffness = work[above_noise], energy_change[above_noise], stiffness[above_noise]
     if len(work) < MIN_PAIRS or not np.any(work) or not np.any(energy_change):
         return None
     telling = np.abs(work) >= np.median(np.abs(work))
