@@ -504,6 +504,17 @@ def test_ions_and_radicals_are_no_outliers_but_a_wrong_ion_is(example, tmp_path)
     assert [(place.group, place.row) for place in found.places] == [(f"{size:03d}", rows[size][0])]
 
 
+def test_outlier_among_molecules_of_its_composition(example, tmp_path):
+    """Too small to be seen among all molecules, but not among its isomers."""
+    arrays = example("fid1_gfn2_train")
+    compositions, counts = np.unique(np.sort(arrays[15]["numbers"], axis=1), axis=0, return_counts=True)
+    most = compositions[np.argmax(counts)]
+    row = int(np.flatnonzero((np.sort(arrays[15]["numbers"], axis=1) == most).all(axis=1))[1])
+    arrays[15]["energy"][row] += 20.0
+    found = the(check({"gfn2": write(tmp_path / "data.h5", arrays)}).findings, "energy_outlier")
+    assert found.places == (Place(str(tmp_path / "data.h5"), "015", row),)
+
+
 def test_many_outliers_do_not_hide_one_another(example, tmp_path):
     arrays = example()
     for values in arrays.values():
@@ -560,6 +571,18 @@ def test_duplicates_with_another_energy(groups, tmp_path):
     assert found.places == (Place(str(tmp_path / "data.h5"), "008", row),)
     assert "0.01 eV" in found.message
     assert the(findings, "duplicates").count == 2
+
+
+def test_energies_may_differ_as_much_as_nearly_equal_geometries_explain(groups, tmp_path):
+    arrays = groups("tiny_fid1")
+    row = {key: values[:1] for key, values in arrays[8].items()}
+    row["coord"] = row["coord"] + np.array([[[3e-4, 0, 0]] + [[0.0] * 3] * 7])
+    row["energy"] = row["energy"] + 5e-3
+    for key, values in arrays[8].items():
+        arrays[8][key] = np.concatenate([values, row[key]])
+    found = kinds(check({"a": write(tmp_path / "data.h5", arrays)}).findings)
+    assert "duplicates" in found
+    assert "contradictory_duplicates" not in found
 
 
 def test_other_charge_or_slightly_other_geometry_is_no_duplicate(groups, tmp_path):
@@ -626,6 +649,17 @@ def test_split_with_a_copy_on_the_other_side(groups, tmp_path):
     assert leakage({"dft": source}, held_out=held_out, max_molecules=10) == []
 
 
+def test_leakage_of_data_that_is_wrong_in_other_ways(groups, tmp_path):
+    arrays = groups()
+    copy_row(arrays, 7, 3)
+    arrays[7]["numbers"][0] = [0, -1, 200, 2**30, 1, 1, 1]
+    arrays[7]["coord"][1] = np.nan
+    source = write(tmp_path / "data.h5", arrays)
+    start = int(np.flatnonzero(source.n_atoms == 7)[0])
+    (found,) = leakage({"dft": source}, held_out={"dft": start + np.arange(5)})
+    assert (found.count, found.places[0].row) == (1, 3)
+
+
 def test_validation_geometry_of_another_fidelity(fixtures_dir):
     sources = {f"fid{f}": open_dataset(fixtures_dir / f"tiny_fid{f}.h5") for f in (0, 2)}
     validation = {"fid0": sources.pop("fid0")}
@@ -667,6 +701,26 @@ def test_an_unreadable_dataset_leaves_the_others(groups, tmp_path, monkeypatch):
     )
     assert set(report.summaries) == {"good"}
     assert report.count("error") == 1
+
+
+def test_nothing_is_left_of_an_unreadable_dataset(example, tmp_path, monkeypatch):
+    """Of the fingerprints, whose place the next dataset takes."""
+    arrays = example()
+    bad = write(tmp_path / "bad.h5", arrays)
+    arrays[3]["coord"][:50] = np.nan
+    good = write(tmp_path / "good.h5", arrays)
+    chunks = bad.chunks
+
+    def interrupted(keys, max_rows):
+        for number, piece in enumerate(chunks(keys, max_rows)):
+            if number == 4:
+                raise DatasetError(f"{tmp_path}/bad.h5: group 006: forces is cut off. Copy the file anew.")
+            yield piece
+
+    monkeypatch.setattr(bad, "chunks", interrupted)
+    alone, after = check({"good": good}), check({"bad": bad, "good": good})
+    assert [finding for finding in after.findings if finding.fidelity == "good"] == alone.findings
+    assert after.summaries["good"] == alone.summaries["good"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -749,19 +803,23 @@ def test_pieces_do_not_matter(example, tmp_path, monkeypatch):
     assert in_pieces.summaries["dft"].charges == whole.summaries["dft"].charges
 
 
-def test_copies_are_found_among_many_similar_geometries(example, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("candidates", "neighbours", "at_least"), [(1000, 64, True), (100_000, 4, False)])
+def test_copies_are_found_among_many_similar_geometries(
+    candidates, neighbours, at_least, example, tmp_path, monkeypatch
+):
     """A trajectory: too many geometries within the tolerance to compare all, but copies are closer still."""
     arrays = example()
     rng = np.random.default_rng(7)
     one = {key: np.repeat(values[:1], 400, axis=0) for key, values in arrays[12].items()}
-    one["coord"] = (one["coord"] + rng.uniform(-5e-4, 5e-4, one["coord"].shape)).astype(np.float32)
+    one["coord"] = (one["coord"] + rng.uniform(-1e-3, 1e-3, one["coord"].shape)).astype(np.float32)
     one["coord"][300] = moved(one["coord"][17])
     source = write(tmp_path / "data.h5", {12: one})
-    monkeypatch.setattr(checks.pairs, "MAX_CANDIDATES", 1000)
+    monkeypatch.setattr(checks.pairs, "MAX_CANDIDATES", candidates)
+    monkeypatch.setattr(checks.pairs, "MAX_NEIGHBOURS", neighbours)
     monkeypatch.setattr(checks.geometry, "MOLECULES_PER_BLOCK", 100)
     found = the(check({"md": source}, limits=Thresholds(max_examples=400)).findings, "duplicates")
     assert 300 in [place.row for place in found.places]
-    assert "at least" in found.message
+    assert ("at least" in found.message) == at_least
 
 
 def test_sample_of_a_large_dataset(example, tmp_path, monkeypatch):

@@ -148,8 +148,8 @@ class EqualPairs(NamedTuple):
 MAX_NEIGHBOURS = 64
 """Molecules with nearly the same averages of distances that each one is compared with."""
 
-ROUNDING = 1e-5
-"""Å; averages of the distances of copies, stored as float32, differ by less."""
+ROUNDING = 2e-6
+"""Å; how far averages of the distances of copies, moved or turned and stored as float32, are apart."""
 
 NO_PAIRS = np.zeros((0, 2), np.int64)
 
@@ -164,19 +164,16 @@ def _candidates(prints: Fingerprints, tolerance: float) -> tuple[np.ndarray, boo
     """Pairs (m, 2) that may have the same geometry, ascending in each row, and whether these are all such pairs.
 
     Dense data (a long trajectory of one molecule) have too many similar geometries to compare all of them; then only
-    the more similar ones are, so that true copies are found in any case.
+    the more similar ones are; true copies are the most similar of all, neighbours in the order of `sorting`.
     """
     order = geometry.sorting(prints)
-    copies, _ = _limited(prints, order, ROUNDING)
-    window, complete = tolerance + ROUNDING, True  # no average differs by more than the distances do
-    while True:
+    window = tolerance + ROUNDING  # no average differs by more than the distances do
+    similar, complete = _limited(prints, order, window)
+    everything = complete
+    while not everything and window > ROUNDING:
+        window = max(0.1 * window, ROUNDING)
         similar, everything = _limited(prints, order, window)
-        complete &= everything
-        if everything or window <= ROUNDING:
-            break
-        window *= 0.1
-    candidates = np.unique(np.sort(np.concatenate([copies, similar]), axis=1), axis=0)
-    return candidates, complete
+    return np.sort(similar, axis=1), complete
 
 
 def _limited(prints: Fingerprints, order: np.ndarray, window: float) -> tuple[np.ndarray, bool]:
