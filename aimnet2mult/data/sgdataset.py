@@ -393,10 +393,13 @@ class _RawFile:
 
     def read(self, into: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from ``offset`` on."""
-        while (n_read := os.preadv(self.descriptor, [into], offset)) < len(into):  # one call gives 2 GiB at most
-            if n_read == 0:
-                raise DatasetError(f"{self.path}: the file ends before its data. Copy the file anew.")
-            into, offset = into[n_read:], offset + n_read
+        try:
+            while (n_read := os.preadv(self.descriptor, [into], offset)) < len(into):  # one call gives 2 GiB at most
+                if n_read == 0:
+                    raise DatasetError(f"{self.path}: the file ends before its data. Copy the file anew.")
+                into, offset = into[n_read:], offset + n_read
+        except OSError as error:
+            raise DatasetError(f"{self.path}: cannot be read ({error}). Copy the file anew.") from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -625,7 +628,7 @@ def open_dataset(files: str | Path | Sequence[str | Path], cache_bytes: int = CA
 
 
 def _listed(parts: Sequence[SizeGroupedDataset]) -> str:
-    more = f" and {len(parts) - 1} more files" if len(parts) > 1 else ""
+    more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     return f"{parts[0].path}{more}"
 
 

@@ -64,7 +64,7 @@ def calc_sae(
         )
     fit = fit_sae(counts, energies, elements)
     sampled = f" of {len(dataset)}" if len(energies) < len(dataset) else ""
-    more = f" and {len(dataset.files) - 1} more files" if len(dataset.files) > 1 else ""
+    more = f" and {len(dataset.files) - 1} more" if len(dataset.files) > 1 else ""
     save_sae(
         output,
         fit.sae,

@@ -376,7 +376,7 @@ def test_single_precision_energies_are_noted_once(tmp_path, groups, caplog):
     write_dataset(tmp_path / "b.h5", groups)
     open_dataset([tmp_path / "*.h5"])
     (record,) = caplog.records
-    assert f"{tmp_path / 'a.h5'} and 1 more files: energies are stored in single precision" in record.message
+    assert f"{tmp_path / 'a.h5'} and 1 more: energies are stored in single precision" in record.message
 
 
 def test_nan_energy_is_a_missing_label(path):
@@ -391,6 +391,15 @@ def test_file_that_ends_before_its_data(path):
     dataset._groups[12]["energy"] = array._replace(offset=path.stat().st_size - 8)
     with pytest.raises(DatasetError, match=r"data\.h5: the file ends before its data. Copy the file anew"):
         list(dataset.read(np.arange(51, 58), ("energy",)))
+
+
+def test_disk_that_cannot_be_read_is_named(path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(DatasetError, match=r"data\.h5: cannot be read \(.*Input/output error\)"):
+        list(SizeGroupedDataset(path).read(np.arange(5), ("energy",)))
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])

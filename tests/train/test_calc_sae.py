@@ -108,7 +108,7 @@ def test_several_files_and_patterns_are_one_dataset(dataset, tmp_path):
     result = run(dataset, tmp_path / "more_*.h5", tmp_path / "sae.yaml")
     assert result.exit_code == 0, result.output
     assert load_sae(tmp_path / "sae.yaml") == pytest.approx({**SAE, 9: -2713.0}, abs=1e-6)
-    assert "Fitted to 2004 molecules of data.h5 and 1 more files" in (tmp_path / "sae.yaml").read_text()
+    assert "Fitted to 2004 molecules of data.h5 and 1 more," in (tmp_path / "sae.yaml").read_text()
     assert calc_sae([dataset, tmp_path / "more_hf.h5"], tmp_path / "b.yaml").n_molecules == 2004
 
 
