@@ -766,25 +766,25 @@ def _check_shares(
     if strategy != "shares":
         if shares:
             raise ValueError(
-                f"data.fidelity_shares: given, but sampling_strategy is {strategy}, which does not use them. "
+                f"shares: given, but sampling_strategy is {strategy}, which does not use them. "
                 "Set sampling_strategy to shares, or remove the shares."
             )
         return
     for f, share in shares.items():
         if f not in names:
             raise ValueError(
-                f"data.fidelity_shares: fidelity {f} has no dataset (those with one: {_listed(names)}). "
+                f"shares: fidelity {f} has no dataset (those with one: {_listed(names)}). "
                 "Add a dataset or remove the share."
             )
         if not 0.0 <= share <= 1.0:
-            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, expected a number from 0 to 1.")
+            raise ValueError(f"shares: {names[f]} has the share {share}, expected a number from 0 to 1.")
         if share > 0.0 and f not in members:
-            raise ValueError(f"data.fidelity_shares: {names[f]} has the share {share}, but no molecules to draw from.")
+            raise ValueError(f"shares: {names[f]} has the share {share}, but no molecules to draw from.")
     total = sum(shares.values())
     if missing := [names[f] for f in members if f not in shares]:
         raise ValueError(
-            f"data.fidelity_shares: no share for {', '.join(missing)}; those given sum to {total:g}. "
+            f"shares: no share for {', '.join(missing)}; those given sum to {total:g}. "
             "Give every fidelity a share, and 0 to one that is not to be drawn."
         )
     if abs(total - 1.0) > SHARES_TOLERANCE:
-        raise ValueError(f"data.fidelity_shares: the shares sum to {total:.7g}, expected 1.")
+        raise ValueError(f"shares: the shares sum to {total:.7g}, expected 1.")

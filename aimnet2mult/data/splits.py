@@ -212,13 +212,13 @@ def _groups_by_fidelity(
         if by not in dataset.datasets[f].keys:
             arrays = ", ".join(sorted(dataset.datasets[f].keys))
             raise ValueError(
-                f"split: no array {by} in the files of {name} ({dataset.datasets[f].name}); they have {arrays}. "
-                f"Name one of these, or {BY_MOLECULE} or {BY_COMPOSITION}."
+                f"data.val_split_by: no array {by} in the files of {name} ({dataset.datasets[f].name}); "
+                f"they have {arrays}. Name one of these, or {BY_MOLECULE} or {BY_COMPOSITION}."
             )
     hashed = {f: key_hashes(dataset.datasets[f], by, seed) for f in names}
     if len({kind for _, kind in hashed.values()}) > 1:
         found = ", ".join(f"{kind} for {names[f]}" for f, (_, kind) in hashed.items())
-        raise ValueError(f"split: {by} holds {found}. Make all of them one kind.")
+        raise ValueError(f"data.val_split_by: {by} holds {found}. Make all of them one kind.")
     return {f: hashes for f, (hashes, _) in hashed.items()}
 
 

@@ -119,20 +119,21 @@ def inputs_of_config(path: Path, overrides: Sequence[str]) -> Inputs:
         As `aimnet2mult.train.configuration.load_config`; the packages of training are not installed.
     """
     try:
-        from aimnet2mult.train.configuration import load_config
+        from aimnet2mult.train.configuration import load_config, named_fidelities
     except ModuleNotFoundError as error:
         raise ValueError(
             f'--config needs the package {error.name}, which is not installed: pip install "aimnet2mult[train]"'
         ) from error
     config = load_config(path, overrides)
-    data = config.data
-    sae = {} if data.sae is None else data.sae.energy.files
+    data, fidelities = config.data, named_fidelities(config)
+    sae = {} if data.sae is None else {name: fidelity.sae for name, fidelity in fidelities.items() if fidelity.sae}
     return Inputs(
-        {str(f): [file] for f, file in data.fidelity_datasets.items()},
-        {str(f): [file] for f, file in (data.val_fidelity_datasets or {}).items()},
-        {str(f): file for f, file in sae.items()},
+        {name: fidelity.files for name, fidelity in fidelities.items()},
+        {name: fidelity.val_files for name, fidelity in fidelities.items() if fidelity.val_files},
+        sae,
         data.val_fraction if data.separate_val else 0.0,
         config.seed,
+        data.val_split_by,
     )
 
 

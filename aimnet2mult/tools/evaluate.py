@@ -93,11 +93,11 @@ def compare(model_path: str | Path, data_path: str | Path, device: str = "cpu") 
     from tqdm import tqdm
 
     from aimnet2mult.data.sae import sae_energy
-    from aimnet2mult.data.sgdataset import SizeGroupedDataset
+    from aimnet2mult.data.sgdataset import open_dataset
     from aimnet2mult.models.jit_wrapper import load_jit_model
 
     model = load_jit_model(model_path, device)
-    dataset = SizeGroupedDataset(data_path)
+    dataset = open_dataset(data_path)
     unknown = [z for z in dataset.elements if z not in model.species]
     if unknown:
         raise ValueError(
@@ -110,7 +110,7 @@ def compare(model_path: str | Path, data_path: str | Path, device: str = "cpu") 
     sizes: list[np.ndarray] = []
     progress = tqdm(total=len(dataset), desc=Path(data_path).name, unit="molecule", disable=None)
     keys = ["coord", "numbers", "charge", "mult", *QUANTITIES]
-    for n_atoms in sorted(dataset.sizes):
+    for n_atoms in np.unique(dataset.n_atoms).tolist():
         rows = np.flatnonzero(dataset.n_atoms == n_atoms)
         step = max(1, ATOMS_PER_CALL // n_atoms)
         for start in range(0, len(rows), step):
@@ -287,7 +287,13 @@ def evaluate(
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "models", required=True, multiple=True, type=click.Path(), help="Compiled model (.jpt).")
-@click.option("--data", required=True, multiple=True, type=click.Path(), help="Dataset (HDF5) for the model before it.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=click.Path(),
+    help="Dataset (HDF5), or a pattern for files that are one, for the model before it.",
+)
 @click.option("--output", required=True, type=click.Path(), help="Folder for errors.json, errors.md and pictures.")
 @click.option("--history", type=click.Path(), help="metrics.jsonl of the training, to draw learning_curves.png.")
 @click.option("--device", default="cpu", help="Device to evaluate on.")

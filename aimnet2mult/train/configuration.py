@@ -34,8 +34,10 @@ from torch.optim import Optimizer
 from aimnet2mult.config.builder import ConfigError, nearest, resolve
 from aimnet2mult.constants import TYPES_PER_FIDELITY
 from aimnet2mult.data.base import INPUT_KEYS
+from aimnet2mult.data.ledger import CACHES, parse_dispersion, subtraction
 from aimnet2mult.data.mixed import LABEL_KEYS
-from aimnet2mult.data.sampler import BATCH_MODES, STRATEGIES
+from aimnet2mult.data.sampler import BATCH_MODES, SHARES_TOLERANCE, STRATEGIES
+from aimnet2mult.data.sgdataset import expand_files
 from aimnet2mult.train.utils import Schedule, accepted_keywords, reference_optimizer, scheduler_unit
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_train_mixed_fidelity.yaml"
@@ -44,6 +46,9 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_tr
 SAE_MODES = ("linreg",)
 WANDB_MODES = ("online", "offline", "disabled")
 SCHEDULER_UNITS = ("iteration", "epoch", "validation")
+
+FIDELITY_NAME = re.compile(r"[^\W\d][\w+-]*")
+"""What a fidelity may be called: part of the names of metrics and of settings on the command line."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +90,9 @@ class SamplerKwargsConfig:
     batch_mode: str = option("what batch_size counts: molecules or atoms")
     shuffle: bool = option("new random batches in every epoch")
     batches_per_epoch: int = option("batches per epoch; -1: as many as the data gives")
-    sampling_strategy: str = option("weighted (by data.fidelity_weights), uniform (every molecule alike) or balanced")
+    sampling_strategy: str = option("weighted (by the weights), uniform (every molecule alike), balanced or shares")
+    shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; for sampling_strategy: shares")
+    max_padding: float = option("largest share of padding among the atoms of an epoch's batches, in [0, 1)")
 
 
 @dataclass
@@ -109,6 +116,8 @@ class LoaderConfig:
 
     num_workers: int = option("reader processes; 0 reads in the training process")
     pin_memory: bool = option("page-locked memory for faster copies to a GPU; without one it has no effect")
+    prefetch_factor: int | None = option("batches that each reader process prepares ahead; null: 2")
+    persistent_workers: bool | None = option("keep the reader processes between epochs; null: yes")
 
 
 @dataclass
@@ -120,15 +129,36 @@ class LoadersConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """A fidelity with a name."""
+
+    files: list[Path] = option("HDF5 files that are one dataset; one name, a list, patterns such as part_*.h5", [])
+    val_files: list[Path] | None = option("the same for validation; null: a split of files", None)
+    weight: float = option("how often its molecules are drawn, relative", 1.0)
+    sae: Path | None = option("YAML file {Z: eV}, made by aimnet2mult.train.calc_sae", None)
+    dispersion: Any = option(
+        "what dispersion the labels contain: none, {d3bj: functional or parameters}, {d4: ...}, vv10, unknown", None
+    )
+    subtract_dispersion: bool = option("take that dispersion off energies and forces as they are read", False)
+    level: str | None = option("level of theory in words, such as wB97M-D3BJ/def2-TZVPP", None)
+
+
+@dataclass
 class DataConfig:
     """Datasets, their references and how batches are made of them."""
 
-    fidelity_datasets: dict[int, Path] = option("fidelity 0..F-1 -> HDF5 file")
+    fidelities: dict[str, FidelityConfig] = option("name -> fidelity, in the order of their numbers 0..F-1")
+    fidelity_datasets: dict[int, list[Path]] = option("without names: fidelity 0..F-1 -> HDF5 file or files")
     fidelity_weights: dict[int, float] = option("fidelity -> how often its molecules are drawn, relative; default 1")
-    val_fidelity_datasets: dict[int, Path] | None = option("fidelity -> HDF5 file for validation; null: split")
+    val_fidelity_datasets: dict[int, list[Path]] | None = option("fidelity -> file for validation; null: split")
     sae: SAEConfig | None = option("SAE files; null trains on total energies")
     val_fraction: float = option("share of each fidelity's molecules used for validation, in [0, 1)")
+    val_split_by: str = option(
+        "what a split keeps together: molecule (nothing), composition (equal formulas, in all fidelities), or an array "
+        "of the files such as mol_id"
+    )
     separate_val: bool = option("take the validation molecules out of the training data")
+    dispersion_cache: str = option("dispersion to subtract: disk (computed once, beside the data) or none (when read)")
     ddp_load_full_dataset: bool = option("no effect: every process reads from disk what it draws")
     x: list[str] = option("inputs of the model: coord, numbers, charge, mult")
     y: list[str] = option("labels that are read; those that a dataset lacks are masked")
@@ -264,6 +294,27 @@ class TrainConfig:
     log_frequency: LogFrequencyConfig = field(default_factory=LogFrequencyConfig)
     wandb: WandbConfig | None = option("logging to Weights & Biases; null: none")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def named_fidelities(config: TrainConfig) -> dict[str, FidelityConfig]:
+    """Return the fidelities of a run by name, in the order of their numbers, whichever form the settings have.
+
+    Without ``data.fidelities`` the names are ``fid0``, ``fid1`` ...
+    """
+    data = config.data
+    if data.fidelities:
+        return data.fidelities
+    sae = data.sae.energy if data.sae is not None else None
+    files = {} if sae is None else sae.files if sae.file is None else {0: sae.file}
+    return {
+        f"fid{f}": FidelityConfig(
+            files=data.fidelity_datasets[f],
+            val_files=(data.val_fidelity_datasets or {}).get(f),
+            weight=data.fidelity_weights.get(f, 1.0),
+            sae=files.get(f),
+        )
+        for f in sorted(data.fidelity_datasets)
+    }
 
 
 def yaml_key(name: str) -> str:
@@ -458,7 +509,9 @@ def _apply_value(
     elif typing.get_origin(inner) is dict:
         _apply_mapping(node, name, inner, value, dotted, source, problems)
     else:
-        _set(node, name, _absolute(value, source) if inner is Path else value, inner, dotted, source, problems)
+        if inner is Any:
+            node[name] = None  # a mapping replaces the one that was there
+        _set(node, name, _with_paths(value, inner, source), inner, dotted, source, problems)
 
 
 def _apply_mapping(
@@ -474,16 +527,35 @@ def _apply_mapping(
     for key, entry in value.items():
         if key_type is int and not isinstance(key, int):
             if not str(key).isdecimal():
-                problems.append(f"{dotted}: fidelities are the numbers 0, 1, ..., found {key!r} ({source.where})")
+                problems.append(
+                    f"{dotted}: fidelities are the numbers 0, 1, ..., found {key!r} ({source.where}). "
+                    "Fidelities with names stand under data.fidelities"
+                )
                 continue
             key = int(key)
         elif key_type is str:
             key = str(key)
-        if value_type is Path:
-            entry = _absolute(entry, source)
+        if is_dataclass(value_type):
+            _apply_entry(node[name], key, value_type, entry, f"{dotted}.{key}", source, problems)
+            continue
         if not source.deep:
             node[name].pop(key, None)
+        entry = _with_paths(entry, value_type, source)
         _set(node[name], key, entry, value_type, f"{dotted}.{key}", source, problems)
+
+
+def _apply_entry(
+    node: DictConfig, name: str, schema: Any, value: Any, dotted: str, source: _Source, problems: list[str]
+) -> None:
+    """Write an entry of a mapping of dataclasses; null removes it."""
+    if value is None:
+        node.pop(name, None)
+    elif not isinstance(value, Mapping):
+        problems.append(f"{dotted}: expected a mapping, found {value!r} ({source.where})")
+    else:
+        if name not in node:
+            node[name] = OmegaConf.structured(schema)
+        _apply_section(node[name], schema, value, f"{dotted}.", source, problems)
 
 
 def _set(node: DictConfig, name: Any, value: Any, kind: Any, dotted: str, source: _Source, problems: list[str]) -> None:
@@ -493,6 +565,16 @@ def _set(node: DictConfig, name: Any, value: Any, kind: Any, dotted: str, source
     except OmegaConfBaseException:
         expected = KIND_NAMES.get(typing.get_origin(kind) or kind, str(kind))
         problems.append(f"{dotted}: expected {expected}, found {value!r} ({source.where})")
+
+
+def _with_paths(value: Any, kind: Any, source: _Source) -> Any:
+    """Return a value with absolute paths where its type says that it holds paths; one name may stand for a list."""
+    if kind is Path:
+        return _absolute(value, source)
+    if kind == list[Path]:
+        values = [value] if isinstance(value, str) else value
+        return [_absolute(entry, source) for entry in values] if isinstance(values, list) else value
+    return value
 
 
 KIND_NAMES = {
@@ -564,7 +646,7 @@ def _check_general(config: TrainConfig) -> Iterator[str]:
         yield f"seed: expected 0 or more, found {config.seed}"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         yield f"device: expected auto, cpu, cuda or cuda:N, found {config.device!r}"
-    if len(config.data.fidelity_datasets) > 1 and config.fidelity_offset < TYPES_PER_FIDELITY:
+    if len(named_fidelities(config)) > 1 and config.fidelity_offset < TYPES_PER_FIDELITY:
         yield f"fidelity_offset: must be at least {TYPES_PER_FIDELITY}, found {config.fidelity_offset}"
     if config.trainer.epochs < 1:
         yield f"trainer.epochs: expected 1 or more, found {config.trainer.epochs}"
@@ -576,14 +658,56 @@ def _check_general(config: TrainConfig) -> Iterator[str]:
 
 def _check_datasets(config: TrainConfig) -> Iterator[str]:
     data = config.data
+    if not 0 <= data.val_fraction < 1:
+        yield f"data.val_fraction: expected a fraction in [0, 1), found {data.val_fraction}"
+    if data.dispersion_cache not in CACHES:
+        known = nearest(data.dispersion_cache, CACHES)
+        yield f"data.dispersion_cache: {data.dispersion_cache!r} is not known; {known}"
+    if data.fidelities:
+        yield from _check_named(config)
+    else:
+        yield from _check_numbered(config)
+
+
+def _check_named(config: TrainConfig) -> Iterator[str]:
+    """Check fidelities with names."""
+    data = config.data
+    for key in ("fidelity_datasets", "fidelity_weights", "val_fidelity_datasets"):
+        if getattr(data, key):
+            word = {"fidelity_datasets": "files", "fidelity_weights": "weight"}.get(key, "val_files")
+            yield f"data.{key}: given together with data.fidelities; use data.fidelities.<name>.{word}"
+    for name, fidelity in data.fidelities.items():
+        key = f"data.fidelities.{name}"
+        if not FIDELITY_NAME.fullmatch(name):
+            yield (
+                f"{key}: a name consists of letters, digits, _, + and -, and does not begin with a digit; "
+                f"found {name!r}"
+            )
+        if not fidelity.files:
+            yield f"{key}.files: is missing; the HDF5 file of this fidelity, a list of files, or a pattern"
+        yield from _check_patterns_of_files(f"{key}.files", fidelity.files)
+        yield from _check_patterns_of_files(f"{key}.val_files", fidelity.val_files or [])
+        yield from _check_weight(f"{key}.weight", fidelity.weight)
+        yield from _check_dispersion(key, fidelity)
+    if not any(fidelity.weight for fidelity in data.fidelities.values()):
+        yield "data.fidelities: all weights are 0, no molecule would be drawn"
+
+
+def _check_numbered(config: TrainConfig) -> Iterator[str]:
+    """Check fidelities without names."""
+    data = config.data
     found = sorted(data.fidelity_datasets)
     listed = ", ".join(map(str, found))
     if not found:
-        yield "data.fidelity_datasets: no dataset given. Add data.fidelity_datasets.0=<file.h5>"
+        yield "data.fidelity_datasets: no dataset given. Add data.fidelity_datasets.0=<file.h5>, or data.fidelities"
     elif found != list(range(len(found))):
         yield f"data.fidelity_datasets: fidelities must be 0..{len(found) - 1} without gaps, found {listed}"
-    yield from _check_files("data.fidelity_datasets", data.fidelity_datasets)
-    yield from _check_files("data.val_fidelity_datasets", data.val_fidelity_datasets or {})
+    for key, datasets in (
+        ("data.fidelity_datasets", data.fidelity_datasets),
+        ("data.val_fidelity_datasets", data.val_fidelity_datasets or {}),
+    ):
+        for f, files in sorted(datasets.items()):
+            yield from _check_patterns_of_files(f"{key}.{f}", files)
     for f in sorted(set(data.val_fidelity_datasets or {}) - set(found)):
         yield f"data.val_fidelity_datasets: fidelity {f} has no dataset (datasets: {listed})"
     for f, weight in sorted(data.fidelity_weights.items()):
@@ -592,43 +716,79 @@ def _check_datasets(config: TrainConfig) -> Iterator[str]:
                 f"data.fidelity_weights: fidelity {f} has no dataset (datasets: {listed}). "
                 f"Add data.fidelity_datasets.{f} or remove the weight"
             )
-        if not math.isfinite(weight) or weight < 0:
-            yield f"data.fidelity_weights.{f}: expected a weight of 0 or more, found {weight}"
+        yield from _check_weight(f"data.fidelity_weights.{f}", weight)
     if found and not any(data.fidelity_weights.get(f, 1.0) for f in found):
         yield "data.fidelity_weights: all weights are 0, no molecule would be drawn"
-    if not 0 <= data.val_fraction < 1:
-        yield f"data.val_fraction: expected a fraction in [0, 1), found {data.val_fraction}"
 
 
-def _check_files(key: str, files: Mapping[int, Path]) -> Iterator[str]:
-    for f, path in sorted(files.items()):
-        if not path.is_file():
-            yield f"{key}.{f}: {path}: {'is a folder' if path.is_dir() else 'no such file'}"
+def _check_weight(key: str, weight: float) -> Iterator[str]:
+    if not math.isfinite(weight) or weight < 0:
+        yield f"{key}: expected a weight of 0 or more, found {weight}"
+
+
+def _check_patterns_of_files(key: str, files: Sequence[Path]) -> Iterator[str]:
+    """Check that each name or pattern stands for files that exist."""
+    try:
+        if files:
+            expand_files(files)
+    except (FileNotFoundError, ValueError) as error:
+        yield f"{key}: {error}"
+
+
+def _check_dispersion(key: str, fidelity: FidelityConfig) -> Iterator[str]:
+    """Check what is said about the dispersion in the labels of a fidelity."""
+    try:
+        label = parse_dispersion(fidelity.dispersion, f"{key}.dispersion")
+        if fidelity.subtract_dispersion:
+            subtraction(label, f"{key}.subtract_dispersion")
+    except ValueError as error:
+        yield str(error)
+
+
+def _check_file(key: str, path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{key}: {path}: {'is a folder' if path.is_dir() else 'no such file'}"
 
 
 def _check_sae(config: TrainConfig) -> Iterator[str]:
-    if config.data.sae is None:
+    data = config.data
+    if data.sae is None:
         return
-    sae, datasets = config.data.sae.energy, config.data.fidelity_datasets
+    sae = data.sae.energy
     if sae.mode not in SAE_MODES:
         yield f"data.sae.energy.mode: {sae.mode!r} is not a mode; {nearest(sae.mode, SAE_MODES)}"
+    if data.fidelities:
+        if sae.files or sae.file is not None:
+            yield "data.sae.energy: files are given together with data.fidelities; use data.fidelities.<name>.sae"
+        for name, fidelity in data.fidelities.items():
+            key = f"data.fidelities.{name}.sae"
+            if fidelity.sae is None:
+                yield f"{key}: is missing. {_sae_remedy(fidelity.files, name)} and add {key}, or set data.sae=null"
+            else:
+                yield from _check_file(key, fidelity.sae)
+        return
+    datasets = data.fidelity_datasets
     if sae.file is not None:
-        if not sae.file.is_file():
-            yield f"data.sae.energy.file: {sae.file}: no such file"
+        yield from _check_file("data.sae.energy.file", sae.file)
         if sae.files:
             yield "data.sae.energy.file: given together with data.sae.energy.files; remove one of them"
         elif len(datasets) > 1:
             yield "data.sae.energy.file: is for one dataset; name one file per fidelity in data.sae.energy.files"
         return
-    yield from _check_files("data.sae.energy.files", sae.files)
+    for f, path in sorted(sae.files.items()):
+        yield from _check_file(f"data.sae.energy.files.{f}", path)
     for f in sorted(set(sae.files) - set(datasets)):
         yield f"data.sae.energy.files: fidelity {f} has no dataset; add data.fidelity_datasets.{f} or remove the file"
     for f in sorted(set(datasets) - set(sae.files)):
         yield (
-            f"data.sae.energy.files: fidelity {f} has no SAE file. Make one with `python -m "
-            f"aimnet2mult.train.calc_sae {datasets[f]} sae_fid{f}.yaml` and add data.sae.energy.files.{f}, "
-            "or set data.sae=null to train on total energies"
+            f"data.sae.energy.files: fidelity {f} has no SAE file. {_sae_remedy(datasets[f], f'fid{f}')} and add "
+            f"data.sae.energy.files.{f}, or set data.sae=null to train on total energies"
         )
+
+
+def _sae_remedy(files: Sequence[Path], name: str) -> str:
+    listed = " ".join(map(str, files)) or "<files>"
+    return f"Make one with `python -m aimnet2mult.train.calc_sae {listed} sae_{name}.yaml`"
 
 
 def _check_batches(config: TrainConfig) -> Iterator[str]:
@@ -656,9 +816,41 @@ def _check_batches(config: TrainConfig) -> Iterator[str]:
         if sampler.sampling_strategy not in STRATEGIES:
             known_strategies = nearest(sampler.sampling_strategy, STRATEGIES)
             yield f"{key}.sampling_strategy: {sampler.sampling_strategy!r} is not a strategy; {known_strategies}"
-        workers = getattr(data.loaders, stage).num_workers
-        if workers < 0:
-            yield f"data.loaders.{stage}.num_workers: expected 0 or more, found {workers}"
+        if not 0 <= sampler.max_padding < 1:
+            yield f"{key}.max_padding: expected a share in [0, 1), found {sampler.max_padding}"
+        yield from _check_shares(f"{key}", sampler, list(named_fidelities(config)))
+        yield from _check_loader(f"data.loaders.{stage}", getattr(data.loaders, stage))
+
+
+def _check_shares(key: str, sampler: SamplerKwargsConfig, names: list[str]) -> Iterator[str]:
+    """Check the shares of the fidelities."""
+    shares = sampler.shares
+    if (sampler.sampling_strategy == "shares") != bool(shares):
+        yield (
+            f"{key}.shares: go with sampling_strategy: shares, found {shares} and "
+            f"{sampler.sampling_strategy}. Give both or neither"
+        )
+        return
+    for name in shares:
+        if name not in names:
+            yield f"{key}.shares: there is no fidelity {name!r}; {nearest(name, names)}"
+    for name in names:
+        if name not in shares and shares:
+            yield f"{key}.shares: {name} is missing; give each fidelity its share (0 for none)"
+    if any(not math.isfinite(share) or share < 0 for share in shares.values()):
+        yield f"{key}.shares: expected shares of 0 or more, found {shares}"
+    elif shares and abs(sum(shares.values()) - 1.0) > SHARES_TOLERANCE:
+        yield f"{key}.shares: sum to {sum(shares.values()):g}, expected 1"
+
+
+def _check_loader(key: str, loader: LoaderConfig) -> Iterator[str]:
+    if loader.num_workers < 0:
+        yield f"{key}.num_workers: expected 0 or more, found {loader.num_workers}"
+    if loader.prefetch_factor is not None and loader.prefetch_factor < 1:
+        yield f"{key}.prefetch_factor: expected 1 or more, found {loader.prefetch_factor}"
+    for name in ("prefetch_factor", "persistent_workers"):
+        if getattr(loader, name) and loader.num_workers == 0:
+            yield f"{key}.{name}: needs reader processes; set {key}.num_workers or leave it out"
 
 
 def _check_loss(config: TrainConfig) -> Iterator[str]:
@@ -792,7 +984,7 @@ def _check_scheduler(config: TrainConfig) -> Iterator[str]:
             if "validation" in (scheduler.unit, own_unit) and not _validates(config):
                 yield (
                     "scheduler: needs the validation loss, but there is no validation data. "
-                    "Set data.val_fraction or data.val_fidelity_datasets, or scheduler=null"
+                    "Set data.val_fraction or give files for validation, or scheduler=null"
                 )
             yield from _check_schedule(config)
 
@@ -815,7 +1007,8 @@ def _check_schedule(config: TrainConfig) -> Iterator[str]:
 
 def _validates(config: TrainConfig) -> bool:
     """Whether the run has validation data."""
-    return bool(config.data.val_fidelity_datasets) or config.data.val_fraction > 0
+    files = any(fidelity.val_files for fidelity in named_fidelities(config).values())
+    return files or config.data.val_fraction > 0
 
 
 def _check_checkpoint(config: TrainConfig) -> Iterator[str]:
@@ -827,7 +1020,7 @@ def _check_checkpoint(config: TrainConfig) -> Iterator[str]:
     if checkpoint.save_best and not _validates(config):
         yield (
             "checkpoint.save_best: needs the validation loss, but there is no validation data. "
-            "Set data.val_fraction or data.val_fidelity_datasets, or checkpoint.save_best=false"
+            "Set data.val_fraction or give files for validation, or checkpoint.save_best=false"
         )
 
 

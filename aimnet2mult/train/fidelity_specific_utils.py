@@ -140,6 +140,29 @@ def fidelity_sources(
     return sources
 
 
+def sources_by_name(names: Mapping[int, str], checkpoint: Mapping[str, Any]) -> dict[int, int]:
+    """Fidelity of the checkpoint for each fidelity of a model, where they have names in common.
+
+    Parameters
+    ----------
+    names : mapping
+        Name of each fidelity of the model.
+    checkpoint : mapping
+        As `models.base.load_checkpoint` returns it.
+
+    Returns
+    -------
+    dict
+        {fidelity of the model: fidelity of the checkpoint}, as ``init_from`` of `transfer_weights` takes it: equal
+        names belong together, and a name that the checkpoint does not have starts from its fidelity 0. Empty if no
+        name is common to both (numbers decide then).
+    """
+    known = {name: f for f, name in (checkpoint.get("fidelity_names") or {}).items()}
+    if not set(names.values()) & set(known):
+        return {}
+    return {f: known.get(name, 0) for f, name in names.items()}
+
+
 def known_elements(checkpoint: Mapping[str, Any], layout: Layout, fidelity: int) -> list[int]:
     """Elements that a fidelity of a checkpoint knows.
 

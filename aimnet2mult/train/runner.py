@@ -14,9 +14,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,26 @@ from tqdm import tqdm
 
 from aimnet2mult.config.builder import ConfigError, resolve
 from aimnet2mult.constants import element_names
+from aimnet2mult.data.base import LabelCount, MoleculeSource
+from aimnet2mult.data.checks import Finding, leakage, quick_checks
+from aimnet2mult.data.ledger import DispersionLabel, parse_dispersion, prepare_caches, subtract_dispersion, subtraction
 from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import load_sae
-from aimnet2mult.data.splits import split_indices
+from aimnet2mult.data.sgdataset import fingerprint, open_dataset
+from aimnet2mult.data.splits import save_split, split_indices
+from aimnet2mult.dispersion import RationalDispersion
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS
-from aimnet2mult.train.configuration import TrainConfig, to_dict
+from aimnet2mult.train.configuration import FidelityConfig, TrainConfig, named_fidelities, to_dict
 from aimnet2mult.train.engine import make_evaluator, make_trainer
-from aimnet2mult.train.fidelity_specific_utils import new_species, transfer_weights
+from aimnet2mult.train.fidelity_specific_utils import new_species, sources_by_name, transfer_weights
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 from aimnet2mult.train.utils import (
     Schedule,
+    accepted_keywords,
     build_optimizer,
     log_format,
     pick_device,
@@ -71,7 +77,7 @@ class Result:
     path : Path
         The saved model.
     folder : Path
-        Checkpoints, ``metrics.jsonl``, ``metrics.csv``, ``train.yaml``, ``train.log``.
+        Checkpoints, ``metrics.jsonl``, ``metrics.csv``, ``train.yaml``, ``train.log``, ``data.json``, ``split.npz``.
     epoch, iteration : int
         Where the saved model comes from.
     records : list of dict
@@ -133,7 +139,7 @@ def _train(
     seed_everything(config.seed)
 
     data = build_data(config)
-    model = build_network(config, model_config, data.train, load).to(device)
+    model = build_network(config, model_config, data, load).to(device)
     optimizer = build_optimizer(config.optimizer, model)
     schedule = None if config.scheduler is None else Schedule(config.scheduler, config.optimizer, optimizer)
     train_loader, val_loader = build_loaders(config, data, device)
@@ -148,7 +154,7 @@ def _train(
         max_grad_norm=config.optimizer.grad_clip.max_norm,
         non_blocking=device.type == "cuda",
     )
-    metric: RegMultiMetric = resolve(config.metrics.class_)(**config.metrics.kwargs)
+    metric = build_metric(config, data)
     logger.info("errors are given as %s", error_units(metric))
     evaluator = make_evaluator(Forces(model), loss_fn, {"metrics": metric}, device, non_blocking=device.type == "cuda")
 
@@ -251,60 +257,100 @@ class Data:
 
     Attributes
     ----------
+    fidelities : dict of str to FidelityConfig
+        What the settings say about each fidelity, by name, in the order of their numbers.
     train, val : MixedFidelityDataset
         Datasets; the same one unless there are files for validation.
     train_indices, val_indices : numpy.ndarray
         Molecules of each.
+    held_out : numpy.ndarray
+        Molecules of ``train`` that a split chose for validation.
     sae : dict or None
         Self-atomic energies, {f: {Z: eV}}.
+    record : dict
+        What the run's ``data.json`` says about all of this.
     """
 
+    fidelities: dict[str, FidelityConfig]
     train: MixedFidelityDataset
     val: MixedFidelityDataset
     train_indices: np.ndarray
     val_indices: np.ndarray
+    held_out: np.ndarray
     sae: dict[int, dict[int, float]] | None
+    record: dict[str, Any]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Name of each fidelity."""
+        return dict(enumerate(self.fidelities))
+
+    @property
+    def dispersion(self) -> dict[int, dict[str, Any]]:
+        """What dispersion the labels of each fidelity contain, and whether it is subtracted from them."""
+        return {f: known["dispersion"] for f, known in enumerate(self.record["fidelities"].values())}
 
 
 def build_data(config: TrainConfig) -> Data:
     """Open the datasets and part validation from training.
 
-    A fidelity with a file in ``data.val_fidelity_datasets`` is validated with all of that file, the others with
-    ``data.val_fraction`` of their molecules.
+    A fidelity with files for validation is validated with all of them, the others with ``data.val_fraction`` of their
+    molecules.
 
     Raises
     ------
     ValueError, FileNotFoundError
         A file that cannot be used, or an element without self-atomic energy.
     """
-    settings = config.data
+    settings, fidelities = config.data, named_fidelities(config)
     sae = load_references(config)
 
-    def dataset(files: Mapping[int, Any]) -> MixedFidelityDataset:
-        return MixedFidelityDataset(files, sae, config.fidelity_offset, settings.x, settings.y)
+    def dataset(sources: Mapping[int, MoleculeSource]) -> MixedFidelityDataset:
+        return MixedFidelityDataset(sources, sae, config.fidelity_offset, settings.x, settings.y)
 
-    train = dataset(settings.fidelity_datasets)
-    for f, part in train.datasets.items():
-        labels = ", ".join(sorted(train.labels[f])) or "no labels"
-        logger.info(
-            "fidelity %d: %d molecules, %d elements, %s (%s)", f, len(part), len(part.elements), labels, part.name
-        )
-    indices, held_out = split_indices(train, settings.val_fraction, config.seed)
-    files = settings.val_fidelity_datasets or {}
-    val = dataset({**train.datasets, **files}) if files else train
-    of_file = list(files)
-    if settings.separate_val:
-        every = np.arange(len(train))
-        indices = np.union1d(indices, every[np.isin(train.fidelities, of_file)])
-    else:
+    raw = {f: open_dataset(fidelity.files) for f, fidelity in enumerate(fidelities.values())}
+    files = {
+        f: open_dataset(fidelity.val_files) for f, fidelity in enumerate(fidelities.values()) if fidelity.val_files
+    }
+    if idist.get_rank() == 0:
+        for f, name in enumerate(fidelities):
+            warn(quick_checks(raw[f], name, sae=None if sae is None else sae[f]))
+    train = dataset(without_dispersion(config, raw))
+    val = dataset({**train.datasets, **without_dispersion(config, files)}) if files else train
+    names = dict(enumerate(fidelities))
+    indices, held_out = split_indices(
+        train,
+        settings.val_fraction,
+        config.seed,
+        settings.val_split_by,
+        fidelities=[f for f in train.datasets if f not in files],
+        names=names,
+    )
+    if not settings.separate_val:
         indices = np.arange(len(train))
         logger.warning("data.separate_val is false: the validation molecules are trained on, errors are too small")
     shifts = _first_index(val) - _first_index(train)
-    held_out = held_out[~np.isin(train.fidelities[held_out], of_file)]
-    held_out = held_out + shifts[train.fidelities[held_out]]
-    val_indices = np.union1d(held_out, np.flatnonzero(np.isin(val.fidelities, of_file)))
-    logger.info("%d molecules for training, %d for validation", len(indices), len(val_indices))
-    return Data(train, val, indices, val_indices.astype(np.int64), sae)
+    moved = held_out + shifts[train.fidelities[held_out]]
+    val_indices = np.union1d(moved, np.flatnonzero(np.isin(val.fidelities, list(files)))).astype(np.int64)
+    data = Data(fidelities, train, val, indices, val_indices, held_out, sae, {})
+    data.record = data_record(config, data)
+    if idist.get_rank() == 0:
+        log_data(data)
+        trained, validated = ({names[f]: source for f, source in part.items()} for part in (raw, files))
+        warn(leakage(trained, validated, _held_out(data) if settings.separate_val else None))
+    return data
+
+
+def _held_out(data: Data) -> dict[str, np.ndarray]:
+    """Molecules of each fidelity that a split chose for validation, counted within the fidelity."""
+    starts, fidelities = _first_index(data.train), data.train.fidelities[data.held_out]
+    return {name: data.held_out[fidelities == f] - starts[f] for f, name in data.names.items()}
+
+
+def warn(findings: Sequence[Finding]) -> None:
+    """Log what checks of the data found."""
+    for finding in findings:
+        logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
 
 
 def _first_index(dataset: MixedFidelityDataset) -> np.ndarray:
@@ -313,18 +359,80 @@ def _first_index(dataset: MixedFidelityDataset) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
+def without_dispersion(config: TrainConfig, sources: Mapping[int, MoleculeSource]) -> dict[int, MoleculeSource]:
+    """Take dispersion off the labels of those fidelities that ask for it; the others stay as they are."""
+    fidelities = list(named_fidelities(config).items())
+    corrected = dict(sources)
+    for f, source in sources.items():
+        name, fidelity = fidelities[f]
+        if fidelity.subtract_dispersion:
+            where = f"data.fidelities.{name}"
+            label = parse_dispersion(fidelity.dispersion, f"{where}.dispersion")
+            correction = subtraction(label, f"{where}.subtract_dispersion")
+            corrected[f] = subtract_dispersion(source, correction, config.data.dispersion_cache)
+    # First one process in all, then one per machine, whose disk may be its own and lack the caches.
+    for turn in (idist.get_rank() == 0, idist.get_local_rank() == 0):
+        if turn:
+            for source in corrected.values():
+                prepare_caches(source)
+        idist.barrier()
+    return corrected
+
+
+def data_record(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """Return what is known of the data of a run, for the log and for ``data.json``."""
+    fidelities = {}
+    for f, (name, fidelity) in enumerate(data.fidelities.items()):
+        source = data.train.datasets[f]
+        counts = source.label_counts(config.data.y)
+        fidelities[name] = {
+            "fidelity": f,
+            "level": fidelity.level,
+            "files": fingerprint(source),
+            "val_files": fingerprint(data.val.datasets[f]) if fidelity.val_files else None,
+            "molecules": len(source),
+            "elements": source.elements,
+            "labels": {key: asdict(count) for key, count in counts.items()},
+            "dispersion": {
+                "labels": parse_dispersion(fidelity.dispersion, name).to_dict(),
+                "subtracted": fidelity.subtract_dispersion,
+            },
+            "weight": fidelity.weight,
+            "train": int(np.count_nonzero(data.train.fidelities[data.train_indices] == f)),
+            "validation": int(np.count_nonzero(data.val.fidelities[data.val_indices] == f)),
+        }
+    settings = config.data
+    split = {"by": settings.val_split_by, "fraction": settings.val_fraction, "seed": config.seed}
+    return {"fidelities": fidelities, "split": split}
+
+
+def log_data(data: Data) -> None:
+    """Say what the data are, and what a look at some of the molecules finds."""
+    for f, (name, known) in enumerate(data.record["fidelities"].items()):
+        level = f" ({known['level']})" if known["level"] else ""
+        logger.info(
+            "%s%s: %d molecules, %d for training, %d for validation, %d elements (%s)",
+            *(name, level, known["molecules"], known["train"], known["validation"], len(known["elements"])),
+            data.train.datasets[f].name,
+        )
+        logger.info("  labels: %s", ", ".join(f"{key} {LabelCount(**n)}" for key, n in known["labels"].items()))
+        dispersion = DispersionLabel.from_dict(known["dispersion"]["labels"]).text
+        subtracted = ", which is subtracted" if known["dispersion"]["subtracted"] else ""
+        logger.info("  the labels contain %s%s", dispersion, subtracted)
+
+
 def load_references(config: TrainConfig) -> dict[int, dict[int, float]] | None:
     """Read the SAE file of every fidelity; None without ``data.sae``."""
     if config.data.sae is None:
         logger.warning("data.sae is null: the model is trained on total energies")
         return None
-    energy = config.data.sae.energy
-    files = energy.files if energy.file is None else {0: energy.file}
-    return {f: load_sae(path) for f, path in sorted(files.items())}
+    files = {f: fidelity.sae for f, fidelity in enumerate(named_fidelities(config).values())}
+    return {f: load_sae(path) for f, path in files.items() if path is not None}
 
 
 def build_loaders(config: TrainConfig, data: Data, device: torch.device) -> tuple[Loader, Loader | None]:
     """Make the loaders of training and validation batches; the latter is None without validation molecules."""
+    numbers = {name: f for f, name in data.names.items()}
 
     def loader(stage: str, dataset: MixedFidelityDataset, indices: np.ndarray) -> Loader:
         sampler = getattr(config.data.samplers, stage).kwargs
@@ -337,16 +445,23 @@ def build_loaders(config: TrainConfig, data: Data, device: torch.device) -> tupl
             shuffle=sampler.shuffle,
             batches_per_epoch=sampler.batches_per_epoch,
             sampling_strategy=sampler.sampling_strategy,
-            fidelity_weights=config.data.fidelity_weights,
+            fidelity_weights={numbers[name]: fidelity.weight for name, fidelity in data.fidelities.items()},
+            fidelity_shares={numbers[name]: share for name, share in sampler.shares.items()} or None,
+            fidelity_names=data.names,
+            max_padding=sampler.max_padding,
             num_workers=options.num_workers,
             pin_memory=options.pin_memory and device.type == "cuda",
+            persistent_workers=options.persistent_workers,
+            prefetch_factor=options.prefetch_factor,
             seed=config.seed,
             rank=idist.get_rank(),
             world_size=idist.get_world_size(),
         )
 
     train = loader("train", data.train, data.train_indices)
-    logger.info("training batches: %s", train.batch_sampler.report())  # type: ignore[union-attr]
+    report = train.batch_sampler.report()  # type: ignore[union-attr]
+    logger.info("training batches: %s", report)
+    data.record["sampling"] = report.to_dict()
     if len(data.val_indices) == 0:
         if config.checkpoint.save_best or (config.scheduler is not None and _needs_validation(config)):
             raise ConfigError(
@@ -373,26 +488,45 @@ def _needs_validation(config: TrainConfig) -> bool:
 
 
 def build_network(
-    config: TrainConfig, model_config: Mapping[str, Any], dataset: MixedFidelityDataset, load: str | Path | None
+    config: TrainConfig, model_config: Mapping[str, Any], data: Data, load: str | Path | None
 ) -> nn.Module:
     """Build the model (a plain AIMNet2 for one fidelity) and start it from a checkpoint if there is one."""
-    count = dataset.num_fidelities
+    count = data.train.num_fidelities
     model = build_model(dict(model_config), count, config.fidelity_offset, config.use_fidelity_readouts)
     n_weights = sum(weight.numel() for weight in model.parameters())
     logger.info("model: %s, number of fidelities %d, number of weights %d", type(model).__name__, count, n_weights)
+    if any(isinstance(module, RationalDispersion) for module in model.modules()):
+        for name, fidelity in data.fidelities.items():
+            if fidelity.subtract_dispersion:
+                raise ConfigError(
+                    f"data.fidelities.{name}.subtract_dispersion: the model has a dispersion energy among its outputs, "
+                    "which would then be added to labels without dispersion. Remove one of the two"
+                )
     if load is None:
         return model
     checkpoint = load_checkpoint(load)
+    sources = sources_by_name(data.names, checkpoint)
     try:
-        sentences = transfer_weights(model, checkpoint)
+        sentences = transfer_weights(model, checkpoint, sources)
     except ValueError as error:
         raise ConfigError(f"{load}: {error}") from error
     logger.info("weights from %s", load)
     for sentence in sentences:
         logger.info("  %s", sentence)
-    for f, numbers in new_species(model, checkpoint, dataset.species).items():
-        logger.info("  fidelity %d learns elements that the checkpoint does not know: %s", f, element_names(numbers))
+    for f, numbers in new_species(model, checkpoint, data.train.species, sources).items():
+        logger.info("  %s learns elements that the checkpoint does not know: %s", data.names[f], element_names(numbers))
     return model
+
+
+def build_metric(config: TrainConfig, data: Data) -> RegMultiMetric:
+    """Build the metric of the validation; errors of each fidelity stand under its name."""
+    kwargs = dict(config.metrics.kwargs)
+    metric_class = resolve(config.metrics.class_)
+    accepted = accepted_keywords(metric_class)
+    if accepted is None or "fidelity_names" in accepted:
+        kwargs.setdefault("fidelity_names", data.names)
+    metric: RegMultiMetric = metric_class(**kwargs)
+    return metric
 
 
 def build_loss(config: TrainConfig, dataset: MixedFidelityDataset) -> MTLoss:
@@ -476,6 +610,16 @@ class Run:
             (self.folder / "metrics.jsonl").unlink()
         settings = to_dict(self.config)
         write_text_atomic(self.folder / "train.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_text_atomic(self.folder / "data.json", json.dumps(self.data.record, indent=1, ensure_ascii=False) + "\n")
+        save_split(
+            self.folder / "split.npz",
+            self.data.train,
+            self.data.held_out,
+            val_fraction=self.config.data.val_fraction,
+            seed=self.config.seed,
+            by=self.config.data.val_split_by,
+            names=self.data.names,
+        )
         file = logging.FileHandler(self.folder / "train.log", mode="w", encoding="utf-8")
         file.setFormatter(log_format())
         log.setTarget(file)
@@ -562,7 +706,9 @@ class Run:
             num_fidelities=dataset.num_fidelities,
             fidelity_offset=self.config.fidelity_offset,
             use_fidelity_readouts=self.config.use_fidelity_readouts,
-            fidelity_names={f: part.files[0].stem for f, part in dataset.datasets.items()},
+            fidelity_names=self.data.names,
+            fidelity_levels={f: known.level for f, known in enumerate(self.data.fidelities.values()) if known.level},
+            dispersion=self.data.dispersion if self.config.data.fidelities else None,
             sae=self.data.sae,
             species=dataset.species,
             extra={
@@ -609,10 +755,11 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
             rows.setdefault(fidelity or "all", {})[error] = value
     errors = list(dict.fromkeys(error for row in rows.values() for error in row))
     widths = [max(len(error), 9) for error in errors]
-    lines = ["        " + " ".join(f"{error:>{width}}" for error, width in zip(errors, widths, strict=True))]
+    names = max(8, *(len(fidelity) + 1 for fidelity in rows)) if rows else 8
+    lines = [" " * names + " ".join(f"{error:>{width}}" for error, width in zip(errors, widths, strict=True))]
     for fidelity, row in rows.items():
         cells = (f"{row[e]:>{w}.4g}" if e in row else "-".rjust(w) for e, w in zip(errors, widths, strict=True))
-        lines.append(f"{fidelity:<8}" + " ".join(cells))
+        lines.append(f"{fidelity:<{names}}" + " ".join(cells))
     return "\n".join(lines)
 
 
@@ -644,7 +791,7 @@ def attach_epochs(trainer: Engine, loader: Loader) -> None:
 
     @trainer.on(Events.EPOCH_STARTED)
     def draw(engine: Engine) -> None:
-        loader.batch_sampler.set_epoch(engine.state.epoch)  # type: ignore[union-attr]
+        loader.batch_sampler.set_epoch(engine.state.epoch - 1)  # type: ignore[union-attr]
         engine.set_data(loader)
         engine.state.epoch_length = len(loader)
 

@@ -761,9 +761,9 @@ def test_weights_that_are_refused(weights, message):
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        (None, "data.fidelity_shares: no share for gfn2, wb97m; those given sum to 0. Give every fidelity a share"),
-        ({0: 0.6}, "data.fidelity_shares: no share for wb97m; those given sum to 0.6"),
-        ({0: 0.6, 1: 0.3}, "data.fidelity_shares: the shares sum to 0.9, expected 1"),
+        (None, "shares: no share for gfn2, wb97m; those given sum to 0. Give every fidelity a share"),
+        ({0: 0.6}, "shares: no share for wb97m; those given sum to 0.6"),
+        ({0: 0.6, 1: 0.3}, "shares: the shares sum to 0.9, expected 1"),
         ({0: 0.6, 1: 0.40001}, "the shares sum to 1.00001, expected 1"),
         ({0: 1.5, 1: -0.5}, "gfn2 has the share 1.5, expected a number from 0 to 1"),
         ({0: float("nan"), 1: 0.5}, "gfn2 has the share nan"),
@@ -799,7 +799,7 @@ def test_shares_and_names_reach_the_sampler_of_a_loader():
 
 def test_shares_contradict_other_strategies():
     n_atoms, fidelities = population({0: 10, 1: 5})
-    with pytest.raises(ValueError, match=r"data.fidelity_shares: given, but sampling_strategy is weighted"):
+    with pytest.raises(ValueError, match=r"shares: given, but sampling_strategy is weighted"):
         make(n_atoms, fidelities, fidelity_shares={0: 0.5, 1: 0.5})
     in_order = make(n_atoms, fidelities, fidelity_shares={0: 0.5, 1: 0.5}, shuffle=False)
     assert draws(in_order, fidelities) == {0: 10, 1: 5}

@@ -330,7 +330,7 @@ def test_negative_and_large_integers():
 
 def test_key_that_files_lack(real, tmp_path):
     data = MixedFidelityDataset({0: with_keys(tmp_path, "i4").datasets[0], 1: FILES[1]})
-    with pytest.raises(ValueError, match=r"split: no array mol_id in the files of gfn2 \(.*h5\); they have .*numbers"):
+    with pytest.raises(ValueError, match=r"no array mol_id in the files of gfn2 \(.*h5\); they have .*numbers"):
         split_indices(data, 0.1, 0, "mol_id", names=NAMES)
     with pytest.raises(ValueError, match="Name one of these, or molecule or composition"):
         split_indices(real, 0.1, 0, "compositon", names=NAMES)

@@ -20,9 +20,9 @@ def raw(compiled):
 @pytest.fixture
 def expected_energy(reference, molecules):
     """Network of the fixture + SAE + D3(BJ), summed by hand in float64."""
+    from aimnet2mult.dispersion_params import d3bj_parameters
     from aimnet2mult.modules import DFTD3
     from aimnet2mult.nbops import internal_batch
-    from aimnet2mult.dispersion_params import d3bj_parameters
 
     data = molecules()
     network = torch.tensor(reference("ref_mixed")["energy_fid1_f64"])

@@ -135,8 +135,8 @@ def config(tmp_path, fixtures_dir):
 def test_configuration(config):
     result = run("--config", config)
     assert result.exit_code == 0, result.output
-    assert "0: 160 molecules" in result.output
-    assert "1: 200 molecules" in result.output
+    assert "fid0: 160 molecules" in result.output
+    assert "fid1: 200 molecules" in result.output
 
 
 def test_configuration_with_overrides_and_validation_file(config, fixtures_dir):

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aimnet2mult.train.configuration import DEFAULT_CONFIG, TrainConfig, load_config, to_dict, yaml_key
+from aimnet2mult.train.configuration import (
+    DEFAULT_CONFIG,
+    TrainConfig,
+    load_config,
+    named_fidelities,
+    to_dict,
+    yaml_key,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLATEAU = "ignite.handlers.ReduceLROnPlateauScheduler"
@@ -72,7 +79,7 @@ def test_every_option_says_what_it_means():
 
 def test_command_line_gives_integer_fidelities_and_paths_relative_to_the_working_folder(folder):
     config = load_config(None, files())
-    assert config.data.fidelity_datasets == {f: folder / f"fid{f}.h5" for f in range(3)}
+    assert config.data.fidelity_datasets == {f: [folder / f"fid{f}.h5"] for f in range(3)}
     assert config.data.sae.energy.files[2] == folder / "sae2.yaml"
     assert config.checkpoint.dirname == folder / "runs" / config.run_name
 
@@ -85,7 +92,7 @@ def test_paths_in_a_file_are_relative_to_the_file(folder, monkeypatch):
     path = write(folder / "sub" / "train.yaml", settings)
     monkeypatch.chdir("/")
     config = load_config(path)
-    assert config.data.fidelity_datasets[0] == folder / "fid0.h5"
+    assert config.data.fidelity_datasets[0] == [folder / "fid0.h5"]
     assert config.data.sae.energy.file == folder / "sae0.yaml"
     assert config.checkpoint.dirname == folder / "sub" / "out"
 
@@ -172,10 +179,11 @@ def test_resolved_settings_load_again_and_give_the_same(folder):
 
 @pytest.mark.parametrize("name", ["train.yaml", "train_small.yaml"])
 def test_settings_of_the_examples_are_valid(folder, name):
-    sae = [f"data.sae.energy.files.{f}=sae{f}.yaml" for f in range(3)]
+    sae = [f"data.fidelities.{level}.sae=sae{f}.yaml" for f, level in enumerate(("dft", "gfn2", "gfn1"))]
     config = load_config(EXAMPLES / "config" / name, sae)
-    assert config.data.fidelity_datasets[0] == EXAMPLES / "data" / "fid0_dft_train.h5"
-    assert config.data.fidelity_weights == {0: 3.0, 1: 1.0, 2: 1.0}
+    fidelities = named_fidelities(config)
+    assert fidelities["dft"].files == [EXAMPLES / "data" / "fid0_dft_train.h5"]
+    assert {name: fidelity.weight for name, fidelity in fidelities.items()} == {"dft": 3.0, "gfn2": 1.0, "gfn1": 1.0}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,6 +313,138 @@ def test_nonsense_is_refused_by_its_dotted_key(folder, override, message):
 def test_all_problems_come_in_one_message(folder):
     lines = problems("trainer.epoch=3", "data.val_fraction=2", "data.fidelity_weights.7=1")
     assert len(lines) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# fidelities with names
+# --------------------------------------------------------------------------------------------------
+
+NAMED = {
+    "ccsd": {"files": "fid0.h5", "sae": "sae0.yaml", "weight": 9, "level": "DLPNO-CCSD(T)/CBS", "dispersion": "none"},
+    "gfn2": {"files": ["fid1.h5", "fid2.h5"], "sae": "sae1.yaml", "dispersion": {"d4": "gfn2"}},
+}
+
+
+def named(folder, *overrides, **changes):
+    """Load settings with the fidelities `NAMED`, changed by name."""
+    fidelities = {name: {**entry, **changes.get(name, {})} for name, entry in NAMED.items()}
+    return load_config(write(folder / "train.yaml", {"data": {"fidelities": fidelities}}), overrides)
+
+
+def named_problems(folder, *overrides, **changes):
+    with pytest.raises(ValueError, match=r"\w: ") as caught:
+        named(folder, *overrides, **changes)
+    return str(caught.value).splitlines()
+
+
+def test_named_fidelities_are_numbered_in_the_order_of_the_file(folder):
+    config = named(folder, "data.fidelities.gfn2.weight=0.5", "data.fidelities.gfn2.dispersion=unknown")
+    fidelities = named_fidelities(config)
+    assert list(fidelities) == ["ccsd", "gfn2"]
+    assert fidelities["ccsd"].files == [folder / "fid0.h5"]
+    assert fidelities["gfn2"].files == [folder / "fid1.h5", folder / "fid2.h5"]
+    assert (fidelities["ccsd"].weight, fidelities["gfn2"].weight) == (9.0, 0.5)
+    assert fidelities["gfn2"].dispersion == "unknown"
+    assert fidelities["ccsd"].level == "DLPNO-CCSD(T)/CBS"
+
+
+def test_an_override_replaces_what_is_said_about_dispersion(folder):
+    config = named(folder, "data.fidelities.gfn2.dispersion={d3bj: pbe}")
+    assert named_fidelities(config)["gfn2"].dispersion == {"d3bj": "pbe"}
+
+
+def test_a_fidelity_can_be_added_and_removed_on_the_command_line(folder):
+    config = named(folder, "data.fidelities.gfn2=null", "data.fidelities.pm7={files: fid2.h5, sae: sae2.yaml}")
+    assert list(named_fidelities(config)) == ["ccsd", "pm7"]
+
+
+def test_a_pattern_stands_for_files(folder):
+    config = named(folder, ccsd={"files": "fid[01].h5"})
+    assert named_fidelities(config)["ccsd"].files == [folder / "fid[01].h5"]
+    assert "nothing_*.h5" in "".join(named_problems(folder, ccsd={"files": "nothing_*.h5"}))
+
+
+def test_numbered_fidelities_have_names_too(folder):
+    config = load_config(None, [*files(2), "data.fidelity_weights.1=3", "data.fidelity_datasets.0=[fid0.h5, fid2.h5]"])
+    fidelities = named_fidelities(config)
+    assert list(fidelities) == ["fid0", "fid1"]
+    assert fidelities["fid0"].files == [folder / "fid0.h5", folder / "fid2.h5"]
+    assert (fidelities["fid0"].weight, fidelities["fid1"].weight) == (1.0, 3.0)
+    assert fidelities["fid1"].sae == folder / "sae1.yaml"
+
+
+def test_settings_that_a_run_stores_load_again(folder):
+    config = named(folder)
+    again = load_config(write(folder / "stored" / "train.yaml", to_dict(config)))
+    assert to_dict(again) == to_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ccsd": {"file": "x"}}, "data.fidelities.ccsd.file: unknown key"),
+        ({"ccsd": {"files": "none.h5"}}, "none.h5"),
+        ({"ccsd": {"files": []}}, "data.fidelities.ccsd.files: is missing"),
+        ({"ccsd": {"files": 3}}, "data.fidelities.ccsd.files: expected a list"),
+        ({"ccsd": {"val_files": "none.h5"}}, "data.fidelities.ccsd.val_files: "),
+        ({"ccsd": {"weight": -1}}, "data.fidelities.ccsd.weight: expected a weight of 0 or more"),
+        ({"ccsd": {"sae": None}}, "data.fidelities.ccsd.sae: is missing. Make one with `python -m"),
+        ({"ccsd": {"sae": "none.yaml"}}, "data.fidelities.ccsd.sae: "),
+        ({"ccsd": {"dispersion": "d5"}}, "data.fidelities.ccsd.dispersion"),
+        ({"ccsd": {"dispersion": {"d3bj": "b4lyp"}}}, "b3lyp"),
+        ({"ccsd": {"subtract_dispersion": True}}, "data.fidelities.ccsd.subtract_dispersion: "),
+        ({"gfn2": {"subtract_dispersion": True}}, "data.fidelities.gfn2.subtract_dispersion: "),
+        ({"ccsd": {"weight": 0}, "gfn2": {"weight": 0}}, "data.fidelities: all weights are 0"),
+    ],
+)
+def test_nonsense_about_a_named_fidelity_is_refused(folder, changes, message):
+    assert any(message in line for line in named_problems(folder, **changes)), named_problems(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.fidelity_weights.0=2",
+            "data.fidelity_weights: given together with data.fidelities; use data.fidelities",
+        ),
+        ("data.fidelity_datasets.0=fid0.h5", "use data.fidelities.<name>.files"),
+        ("data.sae.energy.files.0=sae0.yaml", "use data.fidelities.<name>.sae"),
+        ("data.fidelities.0.files=fid0.h5", "data.fidelities.0: a name consists of letters"),
+        ("data.fidelities.a/b={files: fid0.h5, sae: sae0.yaml}", "data.fidelities.a/b: a name consists of letters"),
+        ("data.fidelities.ccsd=3", "data.fidelities.ccsd: expected a mapping, found 3"),
+        ("data.dispersion_cache=ram", "data.dispersion_cache: 'ram' is not known; known: disk, none"),
+        ("data.samplers.train.kwargs.shares={ccsd: 1}", "shares: go with sampling_strategy: shares"),
+        ("data.samplers.train.kwargs.sampling_strategy=shares", "shares: go with sampling_strategy: shares"),
+        ("data.samplers.train.kwargs.max_padding=1", "max_padding: expected a share in [0, 1)"),
+        ("data.loaders.train.prefetch_factor=2", "data.loaders.train.prefetch_factor: needs reader processes"),
+        ("data.loaders.val.persistent_workers=true", "data.loaders.val.persistent_workers: needs reader processes"),
+        ("data.loaders.val={num_workers: 1, prefetch_factor: 0}", "prefetch_factor: expected 1 or more, found 0"),
+    ],
+)
+def test_contradictions_are_refused(folder, override, message):
+    assert any(message in line for line in named_problems(folder, override)), named_problems(folder, override)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ("{ccsd: 0.5, gfn3: 0.5}", "shares: there is no fidelity 'gfn3'; did you mean gfn2?"),
+        ("{ccsd: 1.0}", "shares: gfn2 is missing"),
+        ("{ccsd: 0.5, gfn2: 0.4}", "shares: sum to 0.9, expected 1"),
+        ("{ccsd: 1.5, gfn2: -0.5}", "shares: expected shares of 0 or more"),
+    ],
+)
+def test_shares_that_are_none(folder, shares, message):
+    key = "data.samplers.train.kwargs"
+    lines = named_problems(folder, f"{key}.shares={shares}", f"{key}.sampling_strategy=shares")
+    assert any(message in line for line in lines), lines
+
+
+def test_shares_by_name(folder):
+    key = "data.samplers.train.kwargs"
+    config = named(folder, f"{key}.shares={{ccsd: 0.25, gfn2: 0.75}}", f"{key}.sampling_strategy=shares")
+    assert config.data.samplers.train.kwargs.shares == {"ccsd": 0.25, "gfn2": 0.75}
 
 
 def test_missing_sae_names_the_remedy(folder):

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from aimnet2mult.data.collate import collate
+from aimnet2mult.data.ledger import D3Correction, parse_dispersion
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import load_sae
-from aimnet2mult.data.splits import split_indices
+from aimnet2mult.data.sgdataset import SizeGroupedDataset, write_dataset
+from aimnet2mult.data.splits import load_split, split_indices
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config, load_weights
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
@@ -126,7 +129,8 @@ def test_saved_model_is_the_best_one_and_its_errors_are_those_of_a_few_lines_of_
 def test_checkpoint_says_what_it_was_trained_on(mixed, sae):
     content, _ = restored(mixed.path)
     assert content["num_fidelities"] == 3
-    assert content["fidelity_names"] == {f: f"tiny_fid{f}" for f in range(3)}
+    assert content["fidelity_names"] == {f: f"fid{f}" for f in range(3)}
+    assert not content.get("dispersion")  # fidelities without names state nothing
     assert content["sae"] == {f: load_sae(sae[f]) for f in range(3)}
     assert content["species"][0] == [1, 6, 7, 8, 9, 14, 15, 16, 17, 35]
     assert content["train_config"]["optimizer"]["kwargs"]["lr"] == 5e-3
@@ -136,8 +140,10 @@ def test_folder_of_a_run(mixed):
     names = sorted(path.name for path in mixed.folder.iterdir())
     checkpoints = [name for name in names if name.endswith(".pt")]
     assert [name for name in names if name not in checkpoints] == [
+        "data.json",
         "metrics.csv",
         "metrics.jsonl",
+        "split.npz",
         "train.log",
         "train.yaml",
     ]
@@ -158,7 +164,9 @@ def test_histories_agree_and_log_tells_the_whole_run(mixed):
     assert rows[0]["train/loss"] == ""
     log = (mixed.folder / "train.log").read_text()
     for sentence in (
-        "fidelity 2: 200 molecules",
+        "fid2: 200 molecules, 180 for training, 20 for validation",
+        "labels: energy 200 of 200, forces 0 of 200, charges 0 of 200, spin_charges 0 of 200",
+        "the labels contain unknown dispersion",
         "training batches",
         "E in kcal/mol",
         "iteration 3: training loss",
@@ -172,7 +180,7 @@ def test_every_epoch_has_as_many_iterations_as_it_has_batches(mixed, sae, tmp_pa
     data = runner.build_data(config)
     loader, _ = runner.build_loaders(config, data, torch.device("cpu"))
     ends = [0]
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(EPOCHS):
         loader.batch_sampler.set_epoch(epoch)
         ends.append(ends[-1] + len(loader))
     assert [record["iteration"] for record in mixed.records] == ends
@@ -201,6 +209,127 @@ def test_load_starts_a_mixed_model_where_a_single_one_stood(single, sae, tmp_pat
     best = min(record["val/E_rmse"] for record in single.records[1:] if record["iteration"] == single.iteration)
     assert result.records[0]["val/fid0/E_rmse"] == pytest.approx(best, rel=1e-5)
     assert "fidelity 1 is new: its embedding and readouts start from fidelity 0" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------
+# fidelities with names
+# --------------------------------------------------------------------------------------------------
+
+B3LYP = {"d3bj": "b3lyp"}
+
+
+def named_settings(sae, folder, *overrides, order=("dft", "gfn2"), **changes):
+    """Settings of two named fidelities in the given order."""
+    entries = {
+        "dft": {"files": str(FIXTURES / "tiny_fid0.h5"), "sae": str(sae[0]), "weight": 2, "level": "B3LYP/def2-SVP"},
+        "gfn2": {"files": str(FIXTURES / "tiny_fid1.h5"), "sae": str(sae[1]), "dispersion": {"d4": "gfn2"}},
+    }
+    folder.mkdir(exist_ok=True)
+    fidelities = {name: {**entries[name], **changes.get(name, {})} for name in order}
+    (folder / "train.yaml").write_text(yaml.safe_dump({"data": {"fidelities": fidelities}}, sort_keys=False))
+    common = ["trainer.epochs=1", "data.samplers.train.kwargs.batch_size=1024", "device=cpu", "run_name=r"]
+    return load_config(folder / "train.yaml", [*common, f"checkpoint.dirname={folder / 'run'}", *overrides])
+
+
+def train_named(sae, folder, *overrides, load=None, **options):
+    config = named_settings(sae, folder, *overrides, **options)
+    return run_training(config, load_model_config(MODEL), folder / "model.pt", load)
+
+
+@pytest.fixture(scope="module")
+def named(sae, tmp_path_factory):
+    """A run on two fidelities with names, validated by composition."""
+    return train_named(sae, tmp_path_factory.mktemp("named"), "data.val_split_by=composition")
+
+
+def test_names_are_in_metrics_log_and_checkpoint(named):
+    assert {"val/dft/E_mae", "val/gfn2/F_rmse"} <= set(named.records[0])
+    assert not any("fid0" in key for record in named.records for key in record)
+    log = (named.folder / "train.log").read_text()
+    assert "dft (B3LYP/def2-SVP): 160 molecules" in log
+    assert "D4 of gfn2" in log
+    content = load_checkpoint(named.path)
+    assert content["fidelity_names"] == {0: "dft", 1: "gfn2"}
+    assert content["fidelity_levels"] == {0: "B3LYP/def2-SVP"}
+    assert content["dispersion"][1]["labels"]["method"] == "d4"
+
+
+def test_data_of_a_run_are_written_with_it(named):
+    record = json.loads((named.folder / "data.json").read_text())
+    dft = record["fidelities"]["dft"]
+    assert dft["molecules"] == 160
+    assert dft["train"] + dft["validation"] == 160
+    assert dft["files"][0]["molecules"] == 160
+    assert dft["labels"]["forces"] == {"molecules": 160, "missing": 0, "exact": True}
+    shares = record["sampling"]["fidelities"]
+    assert shares["dft"]["draws"] == 2 * dft["train"]
+    assert shares["gfn2"]["realised_share"] == pytest.approx(shares["gfn2"]["asked_share"], abs=1e-12)
+    assert record["sampling"]["padding"] <= 0.1
+
+
+def test_split_of_a_run_is_written_and_keeps_compositions_together(named, sae):
+    dataset = MixedFidelityDataset({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(2)})
+    train, val, record = load_split(named.folder / "split.npz", dataset, {0: "dft", 1: "gfn2"})
+    assert record["by"] == "composition"
+    np.testing.assert_array_equal(val, split_indices(dataset, 0.1, 0, "composition")[1])
+
+    def formulas(indices):
+        samples = dataset.__getitems__(indices.tolist())
+        return {tuple(sorted(s["numbers"] % 200)) for s in samples}
+
+    assert not formulas(train) & formulas(val)
+
+
+def test_load_finds_fidelities_by_name_whatever_their_order(named, sae, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="aimnet2mult"):
+        result = train_named(
+            sae, tmp_path / "new", "data.val_split_by=composition", order=("gfn2", "dft"), load=named.path
+        )
+    best = next(record for record in named.records if record["iteration"] == named.iteration)
+    for name in ("dft", "gfn2"):
+        assert result.records[0][f"val/{name}/E_mae"] == pytest.approx(best[f"val/{name}/E_mae"], rel=1e-5)
+    assert "starts from fidelity 1 of the checkpoint" in caplog.text
+
+
+def test_several_files_are_one_fidelity(sae, tmp_path):
+    source = SizeGroupedDataset(FIXTURES / "tiny_fid0.h5")
+    for part in range(2):
+        groups = {}
+        for _, arrays in source.chunks(sorted(source.keys)):
+            if rows := len(arrays["energy"][part::2]):
+                groups[arrays["numbers"].shape[1]] = {key: values[part::2] for key, values in arrays.items()}
+                assert rows
+        write_dataset(tmp_path / f"part{part}.h5", groups)
+    parts = runner.build_data(named_settings(sae, tmp_path, dft={"files": "part*.h5"}))
+    whole = runner.build_data(named_settings(sae, tmp_path))
+    assert len(parts.train) == len(whole.train)
+    assert parts.train.species == whole.train.species
+    assert len(parts.record["fidelities"]["dft"]["files"]) == 2
+
+
+def test_dispersion_is_subtracted_where_that_is_asked(sae, tmp_path):
+    options = {"dispersion": B3LYP, "subtract_dispersion": True, "val_files": str(FIXTURES / "tiny_fid0.h5")}
+    corrected = runner.build_data(named_settings(sae, tmp_path, "data.dispersion_cache=none", dft=options))
+    plain = runner.build_data(named_settings(sae, tmp_path, dft={"val_files": str(FIXTURES / "tiny_fid0.h5")}))
+    correction = D3Correction(parse_dispersion(B3LYP, "x").parameters)
+    for a, b in ((corrected.train, plain.train), (corrected.val, plain.val)):
+        for index in (0, 50, 159):
+            without, with_d3 = a[index], b[index]
+            energy, forces = correction.energy_and_forces(with_d3["coord"][None], with_d3["numbers"][None])
+            assert energy[0] < 0
+            assert without["energy"] == pytest.approx(with_d3["energy"] - energy[0], abs=1e-9)
+            np.testing.assert_allclose(without["forces"], with_d3["forces"] - forces[0], atol=2e-6)
+        np.testing.assert_array_equal(a[200]["forces"], b[200]["forces"])
+
+
+def test_cheap_checks_speak_before_training(sae, tmp_path, caplog):
+    source = SizeGroupedDataset(FIXTURES / "tiny_fid0.h5")
+    groups = {a["numbers"].shape[1]: a for _, a in source.chunks(sorted(source.keys))}
+    groups[9]["mult"][3] += 1
+    write_dataset(tmp_path / "odd.h5", groups)
+    with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
+        runner.build_data(named_settings(sae, tmp_path, dft={"files": "odd.h5"}))
+    assert "odd.h5: group 009: row 3" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------
