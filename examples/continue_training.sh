@@ -12,7 +12,8 @@ if [ ! -f "$OUT/model.pt" ]; then
 fi
 
 "$PYTHON" -m aimnet2mult.train.cli --model config/model_small.yaml --load "$OUT/model.pt" --save "$OUT/model_dft.pt" \
-    data.fidelity_datasets.0=data/fid0_dft_train.h5 data.sae.energy.files.0="$OUT/sae_fid0.yaml" \
+    data.fidelities.dft.files=data/fid0_dft_train.h5 data.fidelities.dft.sae="$OUT/sae_dft.yaml" \
+    data.fidelities.dft.dispersion=none data.val_split_by=composition \
     checkpoint.dirname="$OUT/run_dft" run_name=dft trainer.epochs=10 optimizer.kwargs.lr=5e-4 scheduler=null \
     data.samplers.train.kwargs.batch_size=64 data.samplers.train.kwargs.batch_mode=molecules "$@"
 "$PYTHON" -m aimnet2mult.tools.compile_jit --weights "$OUT/model_dft.pt" --output "$OUT/dft_only"

@@ -11,31 +11,35 @@ MODEL=${MODEL:-config/model_small.yaml}
 OUT=${OUT:-output}
 mkdir -p "$OUT/compiled" "$OUT/no_dispersion"
 
-LEVELS=(fid0_dft fid1_gfn2 fid2_gfn1)
+NAMES=(dft gfn2 gfn1)
+TRAIN=(data/fid0_dft_train.h5 data/fid1_gfn2_train.h5 data/fid2_gfn1_train.h5)
 # B3LYP has no dispersion in its labels and gets D3(BJ); both xTB methods contain theirs already.
 DISPERSION=("--dispersion d3bj --dispersion-functional b3lyp" "" "")
 
+echo "== 0. a look at the data"
+"$PYTHON" -m aimnet2mult.tools.check_data "dft=${TRAIN[0]}" "gfn2=${TRAIN[1]}" "gfn1=${TRAIN[2]}"
+
 echo "== 1. self-atomic energies"
 for f in 0 1 2; do
-    "$PYTHON" -m aimnet2mult.train.calc_sae "data/${LEVELS[$f]}_train.h5" "$OUT/sae_fid$f.yaml"
+    "$PYTHON" -m aimnet2mult.train.calc_sae "${TRAIN[$f]}" "$OUT/sae_${NAMES[$f]}.yaml"
 done
 
 echo "== 2. training"
 "$PYTHON" -m aimnet2mult.train.cli --config "$CONFIG" --model "$MODEL" --save "$OUT/model.pt" \
-    data.fidelity_datasets.0=data/fid0_dft_train.h5 data.sae.energy.files.0="$OUT/sae_fid0.yaml" \
-    data.fidelity_datasets.1=data/fid1_gfn2_train.h5 data.sae.energy.files.1="$OUT/sae_fid1.yaml" \
-    data.fidelity_datasets.2=data/fid2_gfn1_train.h5 data.sae.energy.files.2="$OUT/sae_fid2.yaml" \
+    data.fidelities.dft.sae="$OUT/sae_dft.yaml" \
+    data.fidelities.gfn2.sae="$OUT/sae_gfn2.yaml" \
+    data.fidelities.gfn1.sae="$OUT/sae_gfn1.yaml" \
     checkpoint.dirname="$OUT/run" "$@"
 
 echo "== 3. one compiled model per level"
 for f in 0 1 2; do
     # shellcheck disable=SC2086 # the options are several words
     "$PYTHON" -m aimnet2mult.tools.compile_jit --weights "$OUT/model.pt" --output "$OUT/compiled/model" \
-        --fidelity-level "$f" ${DISPERSION[$f]}
+        --fidelity-level "${NAMES[$f]}" ${DISPERSION[$f]}
 done
-# A second file of level 0 without D3, to compare with its labels, which have none.
+# A second file of the DFT level without D3, to compare with its labels, which have none.
 "$PYTHON" -m aimnet2mult.tools.compile_jit --weights "$OUT/model.pt" --output "$OUT/no_dispersion/model" \
-    --fidelity-level 0
+    --fidelity-level dft
 
 echo "== 4. inference with PyTorch alone, and through ASE"
 "$PYTHON" inference.py "$OUT/compiled"
