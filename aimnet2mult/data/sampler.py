@@ -409,7 +409,9 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
         _check_shares(shares, self.strategy, self._names, self._members)
         counts = {f: len(members) for f, members in self._members.items()}
         if self.strategy != "weighted" and any(weight != 1.0 for weight in weights.values()):
-            logger.warning(f"data.fidelity_weights are not used: sampling_strategy is {self.strategy}, not weighted.")
+            logger.warning(
+                f"the weights of the fidelities are not used: sampling_strategy is {self.strategy}, not weighted."
+            )
         if self.strategy == "weighted":
             demand = {f: _fraction(weights.get(f, 1.0)) * n for f, n in counts.items()}
         elif self.strategy == "uniform":

@@ -108,7 +108,7 @@ def test_uniform_ignores_weights_and_says_so(caplog):
     n_atoms, fidelities = population()
     sampler = make(n_atoms, fidelities, sampling_strategy="uniform", fidelity_weights=WEIGHTS)
     assert sorted(itertools.chain(*epoch_of(sampler, 2))) == list(range(len(n_atoms)))
-    assert "fidelity_weights are not used: sampling_strategy is uniform" in caplog.text
+    assert "weights of the fidelities are not used: sampling_strategy is uniform" in caplog.text
 
 
 def test_balanced_draws_the_same_number_of_each():
