@@ -97,8 +97,9 @@ def make_loader(
     fidelity_weights, fidelity_shares, fidelity_names, max_padding
         As in `MixedFidelityBatchSampler`.
     num_workers : int
-        Processes that read while this one computes; 0 reads in this one. One or two keep up with any model; chunked or
-        compressed files too large to be kept in memory can use more.
+        Processes that read while this one computes; 0 reads in this one, between its steps. Either way a process gives
+        some 30 thousand molecules per second (``benchmarks/data_scale.py``), so that more than one or two only help
+        with chunked or compressed files too large to be kept in memory.
     pin_memory : bool
         Put batches into page-locked memory, from which they are copied to a GPU faster. Without a GPU there is none,
         and the option does nothing (logged).
