@@ -32,4 +32,4 @@ start = atoms.get_potential_energy()
 BFGS(atoms, logfile=None).run(fmax=0.05, steps=100)
 print(f"HCOOH relaxed with {calc.names[calc.fidelity]}: {atoms.get_potential_energy() - start:+.3f} eV")
 for fidelity, energy in calc.energies(atoms).items():
-    print(f"  fidelity {fidelity}: {energy:.3f} eV")
+    print(f"  {calc.names[fidelity]}: {energy:.3f} eV")
