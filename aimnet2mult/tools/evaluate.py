@@ -185,7 +185,10 @@ def learning_curves(history: str | Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     records = read_history(history)
-    names = sorted({key for record in records for key in record if key.startswith("val/") and key.endswith("_mae")})
+    names = list(
+        dict.fromkeys(key for record in records for key in record if key.startswith("val/") and key.endswith("_mae"))
+    )
+    fidelities = list(dict.fromkeys(name.split("/")[1] for name in names if name.count("/") == 2))
     properties = [name for name in dict.fromkeys(name.rpartition("/")[2] for name in names) if "per_atom" not in name]
     figure = Figure(figsize=(4.0 * len(properties), 3.2), layout="constrained")
     axes = figure.subplots(1, len(properties), squeeze=False)[0]
@@ -196,7 +199,8 @@ def learning_curves(history: str | Path, path: Path) -> None:
             points = [(r["iteration"], r[name]) for r in records if name in r]
             overall = name == f"val/{quantity}"
             label = "all" if overall else name.split("/")[1]
-            axis.plot(*zip(*points, strict=True), "k--" if overall else "-", label=label, linewidth=1.2)
+            style = "k--" if overall else f"C{fidelities.index(label)}-"
+            axis.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, zorder=3 if overall else 2)
         axis.set_yscale("log")
         axis.set_xlabel("iteration")
         axis.set_ylabel("error, in the units of the log", fontsize=8)
