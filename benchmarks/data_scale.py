@@ -437,6 +437,8 @@ def main(output: Path, folder: Path | None, keep: bool, **options: Any) -> None:
         raise ValueError(f"--output: {output} must end in .json")
     if options["small"]:
         options |= {"molecules": 50_000, "steps": 5, "seconds": 1.0}
+    # As the command line of the training does; OpenMP reads it in the processes that measure.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     data = Path(tempfile.mkdtemp(prefix="data_scale_", dir=folder))
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
