@@ -374,20 +374,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         source = _Source("command line", _parse_override(override, problems), Path.cwd(), deep=True)
         _apply_class_changes(config, source, packaged)
         _apply(config, source, problems)
-    if config.run_name is None:
-        config.run_name = time.strftime("run_%Y%m%d_%H%M%S")
-    if config.project_name is None:
-        config.project_name = Path.cwd().name or "aimnet2mult"
     try:
+        if config.run_name is None:
+            config.run_name = time.strftime("run_%Y%m%d_%H%M%S")
+        if config.project_name is None:
+            config.project_name = Path.cwd().name or "aimnet2mult"
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError("\n".join([*problems, _first_line(error)])) from error
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError("\n".join([*problems, f"{where}{_first_line(error)}"])) from error
     assert isinstance(resolved, TrainConfig)
     _remove_null_entries(resolved)
-    problems += check_config(resolved)
+    problems += _not_reported(check_config(resolved), problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return resolved
+
+
+def _not_reported(messages: Sequence[str], problems: Sequence[str]) -> list[str]:
+    """Return the messages about keys where nothing was refused: what was refused is not "missing"."""
+    refused = [f"{problem.partition(':')[0]}." for problem in problems]
+    return [m for m in messages if not any(key.startswith(f"{m.partition(':')[0]}.") for key in refused)]
 
 
 def _remove_null_entries(config: TrainConfig) -> None:
@@ -548,8 +555,11 @@ def _apply_entry(
     node: DictConfig, name: str, schema: Any, value: Any, dotted: str, source: _Source, problems: list[str]
 ) -> None:
     """Write an entry of a mapping of dataclasses; null removes it."""
-    if value is None:
-        node.pop(name, None)
+    if value is None and name in node:
+        del node[name]
+    elif value is None:
+        known = f"; {nearest(name, list(node))}" if len(node) else ""
+        problems.append(f"{dotted}: null removes an entry, but there is none of this name ({source.where}){known}")
     elif not isinstance(value, Mapping):
         problems.append(f"{dotted}: expected a mapping, found {value!r} ({source.where})")
     else:
@@ -561,9 +571,11 @@ def _apply_entry(
 def _set(node: DictConfig, name: Any, value: Any, kind: Any, dotted: str, source: _Source, problems: list[str]) -> None:
     """Set one value, or merge a mapping; a value of another type becomes a message."""
     try:
+        if kind == list[Path] and not all(isinstance(entry, str) for entry in value):
+            raise TypeError  # lists in lists would be noticed only when all is converted, without their key
         node.merge_with({name: value})
-    except OmegaConfBaseException:
-        expected = KIND_NAMES.get(typing.get_origin(kind) or kind, str(kind))
+    except (OmegaConfBaseException, TypeError):
+        expected = KIND_NAMES.get(kind) or KIND_NAMES.get(typing.get_origin(kind), str(kind))
         problems.append(f"{dotted}: expected {expected}, found {value!r} ({source.where})")
 
 
@@ -584,6 +596,7 @@ KIND_NAMES = {
     str: "a text",
     Path: "a file's name",
     list: "a list",
+    list[Path]: "a list of files' names",
 }
 """Types of the schema in the words of messages."""
 
@@ -676,20 +689,26 @@ def _check_named(config: TrainConfig) -> Iterator[str]:
         if getattr(data, key):
             word = {"fidelity_datasets": "files", "fidelity_weights": "weight"}.get(key, "val_files")
             yield f"data.{key}: given together with data.fidelities; use data.fidelities.<name>.{word}"
-    for name, fidelity in data.fidelities.items():
+    for number, (name, fidelity) in enumerate(data.fidelities.items()):
         key = f"data.fidelities.{name}"
         if not FIDELITY_NAME.fullmatch(name):
             yield (
                 f"{key}: a name consists of letters, digits, _, + and -, and does not begin with a digit; "
                 f"found {name!r}"
             )
+        if name == "all":
+            yield f"{key}: stands for all data in the tables of errors; give it another name"
+        if (match := re.fullmatch(r"fid(\d+)", name)) and match[1] != str(number):
+            yield f"{key}: is the name of fidelity {match[1]} where none is given, and this one is number {number}"
         if not fidelity.files:
-            yield f"{key}.files: is missing; the HDF5 file of this fidelity, a list of files, or a pattern"
+            others = [other for other in data.fidelities if other != name]
+            hint = f". If another is meant: {nearest(name, others)}" if others else ""
+            yield f"{key}.files: is missing; the HDF5 file of this fidelity, a list of files, or a pattern{hint}"
         yield from _check_patterns_of_files(f"{key}.files", fidelity.files)
         yield from _check_patterns_of_files(f"{key}.val_files", fidelity.val_files or [])
         yield from _check_weight(f"{key}.weight", fidelity.weight)
         yield from _check_dispersion(key, fidelity)
-    if not any(fidelity.weight for fidelity in data.fidelities.values()):
+    if _draws_by_weight(config) and not any(fidelity.weight for fidelity in data.fidelities.values()):
         yield "data.fidelities: all weights are 0, no molecule would be drawn"
 
 
@@ -699,7 +718,10 @@ def _check_numbered(config: TrainConfig) -> Iterator[str]:
     found = sorted(data.fidelity_datasets)
     listed = ", ".join(map(str, found))
     if not found:
-        yield "data.fidelity_datasets: no dataset given. Add data.fidelity_datasets.0=<file.h5>, or data.fidelities"
+        yield (
+            "data.fidelities: no dataset given. Add data.fidelities.<name>.files=<file.h5>, "
+            "or without a name data.fidelity_datasets.0=<file.h5>"
+        )
     elif found != list(range(len(found))):
         yield f"data.fidelity_datasets: fidelities must be 0..{len(found) - 1} without gaps, found {listed}"
     for key, datasets in (
@@ -717,8 +739,14 @@ def _check_numbered(config: TrainConfig) -> Iterator[str]:
                 f"Add data.fidelity_datasets.{f} or remove the weight"
             )
         yield from _check_weight(f"data.fidelity_weights.{f}", weight)
-    if found and not any(data.fidelity_weights.get(f, 1.0) for f in found):
+    if _draws_by_weight(config) and found and not any(data.fidelity_weights.get(f, 1.0) for f in found):
         yield "data.fidelity_weights: all weights are 0, no molecule would be drawn"
+
+
+def _draws_by_weight(config: TrainConfig) -> bool:
+    """Whether the weights of the fidelities decide what an epoch consists of."""
+    sampler = config.data.samplers.train.kwargs
+    return sampler.shuffle and sampler.sampling_strategy == "weighted"
 
 
 def _check_weight(key: str, weight: float) -> Iterator[str]:

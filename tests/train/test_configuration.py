@@ -214,7 +214,7 @@ def test_settings_of_the_examples_are_valid(folder, name):
         ("epochs", "epochs: expected key=value"),
         ("trainer..epochs=1", "trainer..epochs=1: expected key=value"),
         ("data.y=[energy", "data.y: '[energy' is not a YAML value"),
-        ("run_name=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("run_name=${nowhere}", "run_name: Interpolation key 'nowhere' not found"),
         (
             "data.fidelity_datasets.dft=fid0.h5",
             "data.fidelity_datasets: fidelities are the numbers 0, 1, ..., found 'dft'",
@@ -385,7 +385,9 @@ def test_settings_that_a_run_stores_load_again(folder):
         ({"ccsd": {"file": "x"}}, "data.fidelities.ccsd.file: unknown key"),
         ({"ccsd": {"files": "none.h5"}}, "none.h5"),
         ({"ccsd": {"files": []}}, "data.fidelities.ccsd.files: is missing"),
-        ({"ccsd": {"files": 3}}, "data.fidelities.ccsd.files: expected a list"),
+        ({"ccsd": {"files": 3}}, "data.fidelities.ccsd.files: expected a list of files' names, found 3"),
+        ({"ccsd": {"files": [["a.h5"]]}}, "data.fidelities.ccsd.files: expected a list of files' names"),
+        ({"ccsd": {"weight": "${nowhere}"}}, "data.fidelities.ccsd.weight: Interpolation key 'nowhere' not found"),
         ({"ccsd": {"val_files": "none.h5"}}, "data.fidelities.ccsd.val_files: "),
         ({"ccsd": {"weight": -1}}, "data.fidelities.ccsd.weight: expected a weight of 0 or more"),
         ({"ccsd": {"sae": None}}, "data.fidelities.ccsd.sae: is missing. Make one with `python -m"),
@@ -413,6 +415,14 @@ def test_nonsense_about_a_named_fidelity_is_refused(folder, changes, message):
         ("data.fidelities.0.files=fid0.h5", "data.fidelities.0: a name consists of letters"),
         ("data.fidelities.a/b={files: fid0.h5, sae: sae0.yaml}", "data.fidelities.a/b: a name consists of letters"),
         ("data.fidelities.ccsd=3", "data.fidelities.ccsd: expected a mapping, found 3"),
+        ("data.fidelities.gfn3=null", "data.fidelities.gfn3: null removes an entry, but there is none of this name"),
+        ("data.fidelities.gfn3.weight=2", "data.fidelities.gfn3.files: is missing; the HDF5 file of this fidelity, "),
+        ("data.fidelities.gfn3.weight=2", "did you mean gfn2?"),
+        ("data.fidelities.all={files: fid0.h5, sae: sae0.yaml}", "data.fidelities.all: stands for all data"),
+        (
+            "data.fidelities.fid1={files: fid0.h5, sae: sae0.yaml}",
+            "fid1: is the name of fidelity 1 where none is given",
+        ),
         ("data.dispersion_cache=ram", "data.dispersion_cache: 'ram' is not known; known: disk, none"),
         ("data.samplers.train.kwargs.shares={ccsd: 1}", "shares: go with sampling_strategy: shares"),
         ("data.samplers.train.kwargs.sampling_strategy=shares", "shares: go with sampling_strategy: shares"),
@@ -424,6 +434,27 @@ def test_nonsense_about_a_named_fidelity_is_refused(folder, changes, message):
 )
 def test_contradictions_are_refused(folder, override, message):
     assert any(message in line for line in named_problems(folder, override)), named_problems(folder, override)
+
+
+def test_what_was_refused_is_not_missing_too(folder):
+    for changes in ({"files": 3}, {"sae": [1]}, {"weight": None}):
+        (line,) = named_problems(folder, ccsd=changes)
+        assert "is missing" not in line
+    for fidelities in (3, {"a": None}, {"a": "fid0.h5"}):
+        with pytest.raises(ValueError, match=r"data\.fidelities") as caught:
+            load_config(write(folder / "train.yaml", {"data": {"fidelities": fidelities}}))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_name_as_without_names_for_the_same_number(folder):
+    config = named(folder, "data.fidelities.fid2={files: fid0.h5, sae: sae0.yaml}")
+    assert list(named_fidelities(config)) == ["ccsd", "gfn2", "fid2"]
+
+
+def test_weights_that_are_not_used_may_be_zero(folder):
+    zero = {"ccsd": {"weight": 0}, "gfn2": {"weight": 0}}
+    assert named(folder, "data.samplers.train.kwargs.sampling_strategy=balanced", **zero)
+    assert named(folder, "data.samplers.train.kwargs.shuffle=false", **zero)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +484,7 @@ def test_missing_sae_names_the_remedy(folder):
 
 
 def test_no_dataset(folder):
-    with pytest.raises(ValueError, match=r"data\.fidelity_datasets: no dataset given"):
+    with pytest.raises(ValueError, match=r"data\.fidelities: no dataset given"):
         load_config()
 
 
