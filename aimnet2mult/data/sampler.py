@@ -336,7 +336,10 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
                 f"state of the sampler: saved with other data or settings ({differences}). "
                 "Go on with the same ones, or begin a new run from the saved weights."
             )
-        self.set_epoch(state["epoch"], state["batches_done"])
+        epoch, done = state["epoch"], state["batches_done"]
+        if epoch < 0 or done < 0:
+            raise ValueError(f"state of the sampler: epoch {epoch}, batches_done {done}; expected 0 or more.")
+        self.set_epoch(epoch, done)
 
     def _settings(self) -> dict[str, Any]:
         """All that the batches of this process's epochs depend on, by names for messages."""

@@ -89,7 +89,7 @@ class SamplerKwargsConfig:
     batch_size: int = option("molecules or atoms per batch (all processes together share an epoch), see batch_mode")
     batch_mode: str = option("what batch_size counts: molecules or atoms")
     shuffle: bool = option("new random batches in every epoch")
-    batches_per_epoch: int = option("batches per epoch; -1: as many as the data gives")
+    batches_per_epoch: int = option("batches of each process in an epoch; -1: as many as the data gives")
     sampling_strategy: str = option("weighted (by the weights), uniform (every molecule alike), balanced or shares")
     shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; for sampling_strategy: shares")
     max_padding: float = option("largest share of padding among the atoms of an epoch's batches, in [0, 1)")

@@ -163,6 +163,19 @@ def sources_by_name(names: Mapping[int, str], checkpoint: Mapping[str, Any]) -> 
     return {f: known.get(name, 0) for f, name in names.items()}
 
 
+def log_of_names(names: Mapping[int, str], checkpoint: Mapping[str, Any], sources: Mapping[int, int]) -> list[str]:
+    """Say what names decide about a transfer, one sentence each, for the log; ``sources`` as of `sources_by_name`."""
+    known = checkpoint.get("fidelity_names") or {}
+    if not known:
+        return []
+    if not sources:
+        listed = ", ".join(known[f] for f in sorted(known))
+        return [f"no name in common with the checkpoint ({listed}): its fidelities are taken by their numbers"]
+    new = [names[f] for f in sorted(names) if names[f] not in known.values()]
+    first = f"{known[0]} (fidelity 0 of the checkpoint)"
+    return [f"{name} is new: its embedding and readouts start from {first}" for name in new]
+
+
 def known_elements(checkpoint: Mapping[str, Any], layout: Layout, fidelity: int) -> list[int]:
     """Elements that a fidelity of a checkpoint knows.
 
@@ -331,9 +344,7 @@ class _Transfer:
             verb = "grows" if self.own_layout.rows > self.layout.rows else "shrinks"
             log.append(f"the table of element types {verb} from {self.layout.rows} to {self.own_layout.rows} rows")
         for fidelity, source in self.sources.items():
-            if fidelity >= n_given:
-                log.append(f"fidelity {fidelity} is new: its embedding and readouts start from fidelity {source}")
-            elif fidelity != source:
+            if fidelity != source:
                 log.append(f"fidelity {fidelity} starts from fidelity {source} of the checkpoint")
         log += self._log_readouts()
         left_out = sorted(set(range(n_given)) - set(self.sources.values()))

@@ -48,7 +48,7 @@ from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.train.configuration import FidelityConfig, TrainConfig, named_fidelities, to_dict
 from aimnet2mult.train.engine import make_evaluator, make_trainer
-from aimnet2mult.train.fidelity_specific_utils import new_species, sources_by_name, transfer_weights
+from aimnet2mult.train.fidelity_specific_utils import log_of_names, new_species, sources_by_name, transfer_weights
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 from aimnet2mult.train.utils import (
@@ -143,7 +143,7 @@ def _train(
     optimizer = build_optimizer(config.optimizer, model)
     schedule = None if config.scheduler is None else Schedule(config.scheduler, config.optimizer, optimizer)
     train_loader, val_loader = build_loaders(config, data, device)
-    loss_fn = build_loss(config, data.train)
+    loss_fn = build_loss(config, data)
 
     step_model = distribute(Forces(model), device)
     trainer = make_trainer(
@@ -370,8 +370,9 @@ def without_dispersion(config: TrainConfig, sources: Mapping[int, MoleculeSource
             label = parse_dispersion(fidelity.dispersion, f"{where}.dispersion")
             correction = subtraction(label, f"{where}.subtract_dispersion")
             corrected[f] = subtract_dispersion(source, correction, config.data.dispersion_cache)
-    # First one process in all, then one per machine, whose disk may be its own and lack the caches.
-    for turn in (idist.get_rank() == 0, idist.get_local_rank() == 0):
+    # First one process in all, then one on each other machine, whose disk may be its own and lack the caches.
+    first, one_of_machine = idist.get_rank() == 0, idist.get_local_rank() == 0
+    for turn in (first, one_of_machine and not first):
         if turn:
             for source in corrected.values():
                 prepare_caches(source)
@@ -511,7 +512,7 @@ def build_network(
     except ValueError as error:
         raise ConfigError(f"{load}: {error}") from error
     logger.info("weights from %s", load)
-    for sentence in sentences:
+    for sentence in [*log_of_names(data.names, checkpoint, sources), *sentences]:
         logger.info("  %s", sentence)
     for f, numbers in new_species(model, checkpoint, data.train.species, sources).items():
         logger.info("  %s learns elements that the checkpoint does not know: %s", data.names[f], element_names(numbers))
@@ -529,13 +530,20 @@ def build_metric(config: TrainConfig, data: Data) -> RegMultiMetric:
     return metric
 
 
-def build_loss(config: TrainConfig, dataset: MixedFidelityDataset) -> MTLoss:
-    """Build the loss; a component whose label no dataset has is pointed out."""
+def build_loss(config: TrainConfig, data: Data) -> MTLoss:
+    """Build the loss; a component without labels, and a fidelity without labels for it, are pointed out."""
     loss_fn: MTLoss = resolve(config.loss.class_)(**config.loss.kwargs)
-    present = set().union(*dataset.labels.values())
-    for name, label in loss_fn.key_true.items():
-        if label is not None and label not in present:
-            logger.warning("loss component %s: no dataset has the label %s, it is always zero", name, label)
+    labels = {
+        name: {label for label, count in known["labels"].items() if count["molecules"]}
+        for name, known in data.record["fidelities"].items()
+    }
+    for component, label in loss_fn.key_true.items():
+        if label is not None and not any(label in present for present in labels.values()):
+            logger.warning("loss component %s: no dataset has the label %s, it is always zero", component, label)
+    used = set(loss_fn.key_true.values())
+    for name, present in labels.items():
+        if None not in used and not present & used:
+            logger.warning("%s: no molecule has a label that the loss uses; nothing is learned from it", name)
     return loss_fn
 
 

@@ -687,6 +687,13 @@ def test_state_of_other_molecules_is_refused():
         make(n_atoms, fidelities, **RESTORABLE).restore({"epoch": 1, "batches_done": 2})
 
 
+@pytest.mark.parametrize("change", [{"epoch": -1}, {"batches_done": -3}])
+def test_negative_position_is_refused(change):
+    sampler = make(*population(), **RESTORABLE)
+    with pytest.raises(ValueError, match="expected 0 or more"):
+        sampler.restore({**sampler.state(5), **change})
+
+
 # --------------------------------------------------------------------------------------------------
 # report and errors
 # --------------------------------------------------------------------------------------------------

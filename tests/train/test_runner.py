@@ -1,9 +1,11 @@
 """Training runs on the small three-fidelity dataset, from the settings to the saved model."""
 
 import csv
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,7 +210,7 @@ def test_load_starts_a_mixed_model_where_a_single_one_stood(single, sae, tmp_pat
         result = train(sae, tmp_path, "trainer.epochs=1", load=single.path)
     best = min(record["val/E_rmse"] for record in single.records[1:] if record["iteration"] == single.iteration)
     assert result.records[0]["val/fid0/E_rmse"] == pytest.approx(best, rel=1e-5)
-    assert "fidelity 1 is new: its embedding and readouts start from fidelity 0" in caplog.text
+    assert "fid1 is new: its embedding and readouts start from fid0 (fidelity 0 of the checkpoint)" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def named_settings(sae, folder, *overrides, order=("dft", "gfn2"), **changes):
         "gfn2": {"files": str(FIXTURES / "tiny_fid1.h5"), "sae": str(sae[1]), "dispersion": {"d4": "gfn2"}},
     }
     folder.mkdir(exist_ok=True)
-    fidelities = {name: {**entries[name], **changes.get(name, {})} for name in order}
+    fidelities = {name: {**entries.get(name, {}), **changes.get(name, {})} for name in order}
     (folder / "train.yaml").write_text(yaml.safe_dump({"data": {"fidelities": fidelities}}, sort_keys=False))
     common = ["trainer.epochs=1", "data.samplers.train.kwargs.batch_size=1024", "device=cpu", "run_name=r"]
     return load_config(folder / "train.yaml", [*common, f"checkpoint.dirname={folder / 'run'}", *overrides])
@@ -289,6 +291,63 @@ def test_load_finds_fidelities_by_name_whatever_their_order(named, sae, tmp_path
     for name in ("dft", "gfn2"):
         assert result.records[0][f"val/{name}/E_mae"] == pytest.approx(best[f"val/{name}/E_mae"], rel=1e-5)
     assert "starts from fidelity 1 of the checkpoint" in caplog.text
+
+
+def test_load_says_which_fidelity_is_new_and_when_no_name_is_common(named, sae, tmp_path, caplog):
+    pm7 = {"files": str(FIXTURES / "tiny_fid2.h5"), "sae": str(sae[2])}
+    data = runner.build_data(named_settings(sae, tmp_path, order=("pm7", "gfn2", "dft"), pm7=pm7))
+    checkpoint = load_checkpoint(named.path)
+
+    def built(names):
+        chosen = dataclasses.replace(data, fidelities=dict(zip(names, data.fidelities.values(), strict=True)))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="aimnet2mult"):
+            return runner.build_network(settings(sae, tmp_path), load_model_config(MODEL), chosen, named.path)
+
+    model = built(["pm7", "gfn2", "dft"])
+    for f, source in {0: 0, 1: 1, 2: 0}.items():
+        rows = model.state_dict()["afv.weight"][200 * f + 1 : 200 * f + 10]
+        assert torch.equal(rows, checkpoint["model"]["afv.weight"][200 * source + 1 : 200 * source + 10])
+    assert "pm7 is new: its embedding and readouts start from dft (fidelity 0 of the checkpoint)" in caplog.text
+    assert "dft is new" not in caplog.text
+    assert "fidelity 2 is new" not in caplog.text  # it is the dft of the checkpoint
+    built(["a", "b", "c"])
+    assert "no name in common with the checkpoint (dft, gfn2): its fidelities are taken by their numbers" in caplog.text
+
+
+def test_fidelity_without_labels_is_pointed_out(sae, tmp_path, caplog):
+    source = SizeGroupedDataset(FIXTURES / "tiny_fid2.h5")
+    groups = {a["numbers"].shape[1]: a for _, a in source.chunks(("coord", "numbers", "charge", "energy"))}
+    for arrays in groups.values():
+        arrays["energy"][:] = np.nan
+    write_dataset(tmp_path / "empty.h5", groups)
+    config = settings(sae, tmp_path, f"data.fidelity_datasets.2={tmp_path / 'empty.h5'}")
+    with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
+        runner.build_loss(config, runner.build_data(config))
+    assert "fid2: no molecule has a label that the loss uses" in caplog.text
+    assert "fid1: no molecule has a label" not in caplog.text
+
+
+def test_loss_component_of_which_all_labels_are_nan_is_pointed_out(sae, tmp_path, caplog):
+    source = SizeGroupedDataset(FIXTURES / "tiny_fid0.h5")
+    groups = {a["numbers"].shape[1]: a for _, a in source.chunks(sorted(source.keys))}
+    for arrays in groups.values():
+        arrays["forces"][:] = np.nan
+    write_dataset(tmp_path / "without_forces.h5", groups)
+    config = settings(sae, tmp_path, f"data.fidelity_datasets.0={tmp_path / 'without_forces.h5'}", fidelities=1)
+    with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
+        runner.build_loss(config, runner.build_data(config))
+    assert "loss component forces: no dataset has the label forces, it is always zero" in caplog.text
+
+
+def test_caches_of_dispersion_are_looked_at_once(sae, tmp_path, caplog):
+    shutil.copy(FIXTURES / "tiny_fid0.h5", tmp_path / "data.h5")
+    options = {"files": str(tmp_path / "data.h5"), "dispersion": B3LYP, "subtract_dispersion": True}
+    with caplog.at_level(logging.INFO, logger="aimnet2mult.data.ledger"):
+        runner.build_data(named_settings(sae, tmp_path, dft=options))
+        runner.build_data(named_settings(sae, tmp_path, dft=options))
+    assert caplog.text.count("computing the dispersion") == 1
+    assert caplog.text.count("dispersion from") == 1
 
 
 def test_several_files_are_one_fidelity(sae, tmp_path):

@@ -86,7 +86,7 @@ def test_fidelities_that_the_checkpoint_has_predict_the_same(config, mixed, mixe
     assert (
         f"loaded weights of fidelities 0, 1, 2 into a model of fidelit{'y' if num_fidelities == 1 else 'ies'} 0" in log
     )
-    assert ("fidelity 3 is new: its embedding and readouts start from fidelity 0" in log) == (num_fidelities == 5)
+    assert ("fidelity 3 starts from fidelity 0 of the checkpoint" in log) == (num_fidelities == 5)
     left_out = {1: "ignored fidelities 1, 2 of", 2: "ignored fidelity 2 of"}
     for n, text in left_out.items():
         assert (text in log) == (n == num_fidelities)
@@ -159,7 +159,7 @@ def test_init_from_says_where_a_new_fidelity_starts(config, mixed, mixed_energie
     log = transfer_weights(model, mixed, init_from={3: 2, 1: 0})
     for fidelity, source in {0: 0, 1: 0, 2: 2, 3: 2}.items():
         assert torch.equal(energies(model, fidelity, 200), mixed_energies[source])
-    assert "fidelity 3 is new: its embedding and readouts start from fidelity 2" in log
+    assert "fidelity 3 starts from fidelity 2 of the checkpoint" in log
     assert "fidelity 1 starts from fidelity 0 of the checkpoint" in log
     assert "ignored fidelity 1 of the checkpoint" in log
 
