@@ -333,6 +333,14 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def to_yaml(config: TrainConfig) -> str:
+    """Return the settings as text that `load_config` reads as the same settings.
+
+    PyYAML by itself writes the text 1e5 without quotes, which is read as a number.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
 # --------------------------------------------------------------------------------------------------
 # loading
 # --------------------------------------------------------------------------------------------------

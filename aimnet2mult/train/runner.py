@@ -24,7 +24,6 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-import yaml
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +45,7 @@ from aimnet2mult.dispersion import RationalDispersion
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS
-from aimnet2mult.train.configuration import FidelityConfig, TrainConfig, named_fidelities, to_dict
+from aimnet2mult.train.configuration import FidelityConfig, TrainConfig, named_fidelities, to_dict, to_yaml
 from aimnet2mult.train.engine import make_evaluator, make_trainer
 from aimnet2mult.train.fidelity_specific_utils import log_of_names, new_species, sources_by_name, transfer_weights
 from aimnet2mult.train.loss import MTLoss
@@ -617,7 +616,7 @@ class Run:
             logger.warning("%s holds an earlier run; its metrics are replaced", self.folder)
             (self.folder / "metrics.jsonl").unlink()
         settings = to_dict(self.config)
-        write_text_atomic(self.folder / "train.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_text_atomic(self.folder / "train.yaml", to_yaml(self.config))
         write_text_atomic(self.folder / "data.json", json.dumps(self.data.record, indent=1, ensure_ascii=False) + "\n")
         save_split(
             self.folder / "split.npz",

@@ -12,6 +12,7 @@ from aimnet2mult.train.configuration import (
     load_config,
     named_fidelities,
     to_dict,
+    to_yaml,
     yaml_key,
 )
 
@@ -373,10 +374,16 @@ def test_numbered_fidelities_have_names_too(folder):
     assert fidelities["fid1"].sae == folder / "sae1.yaml"
 
 
-def test_settings_that_a_run_stores_load_again(folder):
+@pytest.mark.parametrize("text", ["1e5", "12e45678", "1_000", "0x1f", "12:30:00", "yes", "null", "a: b # c, 'x' ωB97"])
+def test_settings_that_a_run_stores_load_again(folder, text):
     config = named(folder)
-    again = load_config(write(folder / "stored" / "train.yaml", to_dict(config)))
+    config.run_name = config.data.fidelities["ccsd"].level = text
+    config.data.fidelities["gfn2"].dispersion = {"d4": text}
+    (folder / "stored").mkdir()
+    (folder / "stored" / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
+    again = load_config(folder / "stored" / "train.yaml")
     assert to_dict(again) == to_dict(config)
+    assert list(again.data.fidelities) == list(config.data.fidelities)
 
 
 @pytest.mark.parametrize(
