@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from aimnet2mult.data.loaders import MoleculeLoader, make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.sgdataset import dataset_writer
 from aimnet2mult.models.base import build_model, load_model_config, versions
 from aimnet2mult.modules import Forces
@@ -208,7 +209,8 @@ def open_loader(
     start = time.perf_counter()
     dataset = MixedFidelityDataset(patterns, dict.fromkeys(patterns, SAE))
     opened = time.perf_counter()
-    loader = make_loader(dataset, batch_size=atoms, batch_mode="atoms", num_workers=num_workers)
+    sampler = MixedFidelityBatchSampler(dataset.n_atoms, dataset.fidelities, batch_size=atoms, batch_mode="atoms")
+    loader = make_loader(dataset, sampler, num_workers=num_workers)
     batches = endless(loader)
     made = time.perf_counter()
     next(batches)

@@ -1,17 +1,16 @@
 """From a dataset to batches: the loader."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aimnet2mult.data.base import MultiFidelityDataset, Sample
 from aimnet2mult.data.collate import collate
-from aimnet2mult.data.sampler import MAX_PADDING, MixedFidelityBatchSampler
+from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 
 logger = logging.getLogger(__name__)
 
@@ -62,40 +61,22 @@ def _unpacked(batches: Iterator[Any]) -> Iterator[Batch]:
 
 def make_loader(
     dataset: MultiFidelityDataset,
-    indices: np.ndarray | None = None,
+    sampler: MixedFidelityBatchSampler,
     *,
-    batch_size: int,
-    batch_mode: str = "molecules",
-    shuffle: bool = True,
-    batches_per_epoch: int = -1,
-    sampling_strategy: str = "weighted",
-    fidelity_weights: Mapping[int, float] | None = None,
-    fidelity_shares: Mapping[int, float] | None = None,
-    fidelity_names: Mapping[int, str] | None = None,
-    max_padding: float = MAX_PADDING,
     num_workers: int = 0,
     pin_memory: bool = False,
     persistent_workers: bool | None = None,
     prefetch_factor: int | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> MoleculeLoader:
     """Make a loader of batches ``(x, y)`` as `aimnet2mult.data.collate.collate` describes them.
-
-    Its ``batch_sampler`` is a `MixedFidelityBatchSampler`; call ``loader.batch_sampler.set_epoch(epoch)`` before each
-    epoch.
 
     Parameters
     ----------
     dataset : MultiFidelityDataset
         The molecules.
-    indices : numpy.ndarray, optional
-        Those to use; default all.
-    batch_size, batch_mode, shuffle, batches_per_epoch, sampling_strategy
-        As in `MixedFidelityBatchSampler`.
-    fidelity_weights, fidelity_shares, fidelity_names, max_padding
-        As in `MixedFidelityBatchSampler`.
+    sampler : MixedFidelityBatchSampler
+        Says which of them come together; it is the loader's ``batch_sampler``, whose ``set_epoch`` is to be called
+        before each epoch.
     num_workers : int
         Processes that read while this one computes; 0 reads in this one, between its steps. Either way a process gives
         some 30 thousand molecules per second (``benchmarks/data_scale.py``), so that more than one or two only help
@@ -107,8 +88,6 @@ def make_loader(
         Keep the workers between epochs; default True if there are any.
     prefetch_factor : int, optional
         Batches that each worker prepares ahead; default 2.
-    seed, rank, world_size
-        As in `MixedFidelityBatchSampler`.
 
     Raises
     ------
@@ -124,23 +103,6 @@ def make_loader(
     if pin_memory and not torch.cuda.is_available():
         logger.info("pin_memory has no effect without a GPU.")
         pin_memory = False
-    sampler = MixedFidelityBatchSampler(
-        dataset.n_atoms,
-        dataset.fidelities,
-        indices,
-        batch_size=batch_size,
-        batch_mode=batch_mode,
-        shuffle=shuffle,
-        batches_per_epoch=batches_per_epoch,
-        sampling_strategy=sampling_strategy,
-        fidelity_weights=fidelity_weights,
-        fidelity_shares=fidelity_shares,
-        fidelity_names=fidelity_names,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        max_padding=max_padding,
-    )
     return MoleculeLoader(
         dataset,
         batch_sampler=sampler,
@@ -150,5 +112,5 @@ def make_loader(
         persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
         prefetch_factor=prefetch_factor,
         # A loader draws a seed for its workers: from here, not from the generator that training uses.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(sampler.seed),
     )

@@ -39,13 +39,21 @@ from aimnet2mult.data.ledger import DispersionLabel, parse_dispersion, prepare_c
 from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import load_sae
+from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.data.splits import save_split, split_indices
 from aimnet2mult.dispersion import RationalDispersion
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS
-from aimnet2mult.train.configuration import FidelityConfig, TrainConfig, named_fidelities, to_dict, to_yaml
+from aimnet2mult.train.configuration import (
+    FidelityConfig,
+    SamplerKwargsConfig,
+    TrainConfig,
+    named_fidelities,
+    to_dict,
+    to_yaml,
+)
 from aimnet2mult.train.engine import make_evaluator, make_trainer
 from aimnet2mult.train.fidelity_specific_utils import log_of_names, new_species, sources_by_name, transfer_weights
 from aimnet2mult.train.loss import MTLoss
@@ -430,32 +438,46 @@ def load_references(config: TrainConfig) -> dict[int, dict[int, float]] | None:
     return {f: load_sae(path) for f, path in files.items() if path is not None}
 
 
+def build_sampler(
+    config: TrainConfig,
+    data: Data,
+    settings: SamplerKwargsConfig,
+    dataset: MixedFidelityDataset,
+    indices: np.ndarray,
+) -> MixedFidelityBatchSampler:
+    """Make the sampler of the batches of this process."""
+    numbers = {name: f for f, name in data.names.items()}
+    return MixedFidelityBatchSampler(
+        dataset.n_atoms,
+        dataset.fidelities,
+        indices,
+        batch_size=settings.batch_size,
+        batch_mode=settings.batch_mode,
+        shuffle=settings.shuffle,
+        batches_per_epoch=settings.batches_per_epoch,
+        sampling_strategy=settings.sampling_strategy,
+        fidelity_weights={numbers[name]: fidelity.weight for name, fidelity in data.fidelities.items()},
+        fidelity_shares={numbers[name]: share for name, share in settings.shares.items()} or None,
+        fidelity_names=data.names,
+        seed=config.seed,
+        rank=idist.get_rank(),
+        world_size=idist.get_world_size(),
+        max_padding=settings.max_padding,
+    )
+
+
 def build_loaders(config: TrainConfig, data: Data, device: torch.device) -> tuple[Loader, Loader | None]:
     """Make the loaders of training and validation batches; the latter is None without validation molecules."""
-    numbers = {name: f for f, name in data.names.items()}
 
     def loader(stage: str, dataset: MixedFidelityDataset, indices: np.ndarray) -> Loader:
-        sampler = getattr(config.data.samplers, stage).kwargs
         options = getattr(config.data.loaders, stage)
         return make_loader(
             dataset,
-            indices,
-            batch_size=sampler.batch_size,
-            batch_mode=sampler.batch_mode,
-            shuffle=sampler.shuffle,
-            batches_per_epoch=sampler.batches_per_epoch,
-            sampling_strategy=sampler.sampling_strategy,
-            fidelity_weights={numbers[name]: fidelity.weight for name, fidelity in data.fidelities.items()},
-            fidelity_shares={numbers[name]: share for name, share in sampler.shares.items()} or None,
-            fidelity_names=data.names,
-            max_padding=sampler.max_padding,
+            build_sampler(config, data, getattr(config.data.samplers, stage).kwargs, dataset, indices),
             num_workers=options.num_workers,
             pin_memory=options.pin_memory and device.type == "cuda",
             persistent_workers=options.persistent_workers,
             prefetch_factor=options.prefetch_factor,
-            seed=config.seed,
-            rank=idist.get_rank(),
-            world_size=idist.get_world_size(),
         )
 
     train = loader("train", data.train, data.train_indices)

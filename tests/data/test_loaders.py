@@ -11,6 +11,7 @@ import torch
 from aimnet2mult.data import loaders
 from aimnet2mult.data.loaders import make_loader
 from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.sgdataset import DatasetError
 from aimnet2mult.data.splits import split_indices
 
@@ -20,6 +21,14 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 @pytest.fixture(scope="module")
 def dataset():
     return MixedFidelityDataset({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)})
+
+
+def loader_of(dataset, indices=None, **options):
+    """A loader with a sampler of its own; options of both."""
+    reading = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor"} & options.keys()
+    reading = {name: options.pop(name) for name in reading}
+    sampler = MixedFidelityBatchSampler(dataset.n_atoms, dataset.fidelities, indices, **options)
+    return make_loader(dataset, sampler, **reading)
 
 
 def assert_same_batches(one, other):
@@ -32,8 +41,8 @@ def assert_same_batches(one, other):
 @pytest.mark.parametrize("persistent_workers", [True, False])
 def test_workers_give_the_same_batches(dataset, persistent_workers):
     options = {"batch_size": 40, "fidelity_weights": {0: 2.0, 2: 0.5}, "seed": 1}
-    alone = make_loader(dataset, **options)
-    helped = make_loader(dataset, **options, num_workers=2, persistent_workers=persistent_workers, prefetch_factor=3)
+    alone = loader_of(dataset, **options)
+    helped = loader_of(dataset, **options, num_workers=2, persistent_workers=persistent_workers, prefetch_factor=3)
     for epoch in range(2):
         for loader in (alone, helped):
             loader.batch_sampler.set_epoch(epoch)
@@ -41,14 +50,14 @@ def test_workers_give_the_same_batches(dataset, persistent_workers):
 
 
 def test_options_reach_the_loader(dataset):
-    loader = make_loader(dataset, batch_size=8, num_workers=1, prefetch_factor=5)
+    loader = loader_of(dataset, batch_size=8, num_workers=1, prefetch_factor=5)
     assert (loader.num_workers, loader.prefetch_factor, loader.persistent_workers) == (1, 5, True)
-    assert not make_loader(dataset, batch_size=8).persistent_workers
+    assert not loader_of(dataset, batch_size=8).persistent_workers
 
 
 def test_every_batch_is_what_the_sampler_says(dataset):
     train, _ = split_indices(dataset, 0.1, seed=0)
-    loader = make_loader(dataset, train, batch_size=600, batch_mode="atoms")
+    loader = loader_of(dataset, train, batch_size=600, batch_mode="atoms")
     assert len(loader) == len(loader.batch_sampler)
     for indices, (x, y) in zip(loader.batch_sampler, loader, strict=True):
         assert x["numbers"].numel() <= 600
@@ -60,7 +69,7 @@ def test_every_batch_is_what_the_sampler_says(dataset):
 
 def test_random_state_of_training_is_left_alone(dataset):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    next(iter(make_loader(dataset, batch_size=8)))
+    next(iter(loader_of(dataset, batch_size=8)))
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
@@ -68,7 +77,7 @@ def test_random_state_of_training_is_left_alone(dataset):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is memory to pin")
 def test_pinning_without_a_gpu_does_nothing(dataset):
-    x, _ = next(iter(make_loader(dataset, batch_size=8, pin_memory=True)))
+    x, _ = next(iter(loader_of(dataset, batch_size=8, pin_memory=True)))
     assert not x["coord"].is_pinned()
 
 
@@ -82,7 +91,7 @@ def test_pinning_without_a_gpu_does_nothing(dataset):
 )
 def test_options_that_are_refused(dataset, options, message):
     with pytest.raises(ValueError, match=message):
-        make_loader(dataset, batch_size=8, **options)
+        loader_of(dataset, batch_size=8, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,14 +124,14 @@ def worker_ids():
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_number_of_workers(watched, num_workers):
     before = worker_ids()
-    batches = iter(make_loader(watched, batch_size=20, num_workers=num_workers))
+    batches = iter(loader_of(watched, batch_size=20, num_workers=num_workers))
     next(batches)
     assert len(worker_ids() - before) == num_workers
 
 
 @pytest.mark.parametrize("persistent_workers", [True, False, None])
 def test_persistent_workers_live_through_epochs(watched, persistent_workers):
-    loader = make_loader(watched, batch_size=200, num_workers=2, persistent_workers=persistent_workers)
+    loader = loader_of(watched, batch_size=200, num_workers=2, persistent_workers=persistent_workers)
     before, seen = worker_ids(), []
     for _ in range(3):
         for _ in loader:
@@ -135,7 +144,7 @@ def test_persistent_workers_live_through_epochs(watched, persistent_workers):
 
 @pytest.mark.parametrize(("prefetch_factor", "ahead"), [(1, 1), (4, 4), (None, 2)])
 def test_workers_read_so_many_batches_ahead(watched, prefetch_factor, ahead):
-    batches = iter(make_loader(watched, batch_size=10, num_workers=2, prefetch_factor=prefetch_factor))
+    batches = iter(loader_of(watched, batch_size=10, num_workers=2, prefetch_factor=prefetch_factor))
     for taken in (1, 2, 3):
         next(batches)
         expected = taken + 2 * ahead
@@ -154,7 +163,7 @@ def test_fault_in_the_data_is_reported_in_the_same_words(tmp_path, num_workers):
     with h5py.File(path, "r+") as file:
         name = list(file)[-1]
         file[name]["coord"][2, 0, 0] = np.nan
-    loader = make_loader(MixedFidelityDataset({0: path}), batch_size=16, num_workers=num_workers)
+    loader = loader_of(MixedFidelityDataset({0: path}), batch_size=16, num_workers=num_workers)
     with pytest.raises(DatasetError) as error:
         list(loader)
     assert str(error.value) == (
@@ -169,13 +178,13 @@ def test_fault_in_the_data_is_reported_in_the_same_words(tmp_path, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("pin_memory", [True, False])
 def test_batches_lie_in_pinned_memory(dataset, pin_memory, num_workers):
-    x, y = next(iter(make_loader(dataset, batch_size=8, pin_memory=pin_memory, num_workers=num_workers)))
+    x, y = next(iter(loader_of(dataset, batch_size=8, pin_memory=pin_memory, num_workers=num_workers)))
     assert all(tensor.is_pinned() == pin_memory for tensor in (*x.values(), *y.values()))
 
 
 def test_workers_use_no_shared_memory(watched):
     """Tensors sent through torch's queues would fill /dev/shm, which containers keep small, and take far longer."""
-    for x, y in make_loader(watched, batch_size=100, num_workers=1):
+    for x, y in loader_of(watched, batch_size=100, num_workers=1):
         for tensor in (*x.values(), *y.values()):
             assert isinstance(tensor, torch.Tensor)
             assert not tensor.is_shared()

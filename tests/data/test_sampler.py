@@ -637,8 +637,12 @@ def test_state_of_one_process_serves_the_others():
 def test_restoring_in_the_middle_of_a_loader_that_reads_ahead(num_workers):
     """The position is the trainer's count, not what the workers have been given already."""
     dataset = MixedFidelityDataset({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)})
-    options = {"batch_size": 30, "fidelity_weights": {0: 1.5}, "seed": 2, "num_workers": num_workers}
-    loader = make_loader(dataset, **options)
+
+    def new_loader():
+        sampler = make(dataset.n_atoms, dataset.fidelities, batch_size=30, fidelity_weights={0: 1.5}, seed=2)
+        return make_loader(dataset, sampler, num_workers=num_workers)
+
+    loader = new_loader()
     loader.batch_sampler.set_epoch(3)
     batches = iter(loader)
     for _ in range(4):
@@ -647,7 +651,7 @@ def test_restoring_in_the_middle_of_a_loader_that_reads_ahead(num_workers):
     rest = list(batches)
     assert len(rest) > 6
 
-    again = make_loader(dataset, **options)
+    again = new_loader()
     again.batch_sampler.restore(state)
     assert len(again) == len(rest)
     for (x, _), (x_again, _) in zip(rest, again, strict=True):
@@ -791,17 +795,6 @@ def test_share_of_a_fidelity_without_training_molecules():
     assert sorted(itertools.chain(*make(n_atoms, fidelities, fidelity_shares={0: 1.0, 1: 0.0}, **options))) == [
         *range(10)
     ]
-
-
-def test_shares_and_names_reach_the_sampler_of_a_loader():
-    dataset = MixedFidelityDataset({f: FIXTURES / f"tiny_fid{f}.h5" for f in range(3)})
-    shares = {0: 0.25, 1: 0.5, 2: 0.25}
-    loader = make_loader(
-        dataset, batch_size=40, sampling_strategy="shares", fidelity_shares=shares, fidelity_names=NAMES
-    )
-    drawn = Counter(f for x, _ in loader for f in x["_fidelities"].tolist())
-    assert drawn == {0: 140, 1: 280, 2: 140}
-    assert list(loader.batch_sampler.report().to_dict()["fidelities"]) == ["gfn2", "wb97m", "ccsd"]
 
 
 def test_shares_contradict_other_strategies():

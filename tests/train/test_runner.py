@@ -350,6 +350,17 @@ def test_caches_of_dispersion_are_looked_at_once(sae, tmp_path, caplog):
     assert caplog.text.count("dispersion from") == 1
 
 
+def test_shares_by_name_are_what_is_drawn(sae, tmp_path):
+    key = "data.samplers.train.kwargs"
+    shares = [f"{key}.sampling_strategy=shares", f"{key}.shares={{gfn2: 0.2, dft: 0.8}}", "data.val_fraction=0.1"]
+    config = named_settings(sae, tmp_path, *shares, dft={"weight": 1})
+    data = runner.build_data(config)
+    loader, _ = runner.build_loaders(config, data, torch.device("cpu"))
+    drawn = np.bincount([f for x, _ in loader for f in x["_fidelities"].tolist()])
+    assert drawn.tolist() == [259, 65]  # of 144 + 180 molecules
+    assert data.record["sampling"]["fidelities"]["dft"]["draws"] == 259
+
+
 def test_several_files_are_one_fidelity(sae, tmp_path):
     source = SizeGroupedDataset(FIXTURES / "tiny_fid0.h5")
     for part in range(2):
