@@ -13,6 +13,7 @@ from aimnet2mult.data.checks.geometry import (
     distance_mismatch,
     geometry_averages,
     largest_gap,
+    may_be_equal,
     molecule_keys,
     neighbour_pairs,
     pair_distances,
@@ -293,8 +294,44 @@ def test_single_atoms(tmp_path):
         }
     }
     report = check({"atoms": write(tmp_path / "atoms.h5", arrays)})
-    assert kinds(report.findings) == {"duplicates", "rare_element", "zero_forces"}
+    assert kinds(report.findings) == {"duplicates", "rare_element"}
     assert the(report.findings, "duplicates").places[0].row == 1
+
+
+def crystal(energies, lengths):
+    """Copper with one atom in a cell."""
+    count = len(lengths)
+    return {
+        "coord": np.zeros((count, 1, 3)),
+        "numbers": np.full((count, 1), 29),
+        "charge": np.zeros(count),
+        "mult": np.full(count, 2),
+        "energy": np.asarray(energies),
+        "cell": np.asarray(lengths)[:, None, None] * np.array([[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]),
+    }
+
+
+def test_cells_are_part_of_the_geometry(tmp_path):
+    """A scan of the volume: the atom is always at the origin."""
+    source = write(tmp_path / "eos.h5", {1: crystal([-3.0, -3.5, -3.2, -3.5], [3.5, 3.6, 3.7, 3.6])})
+    findings = check({"eos": source}).findings
+    assert [place.row for place in the(findings, "duplicates").places] == [3]
+    assert "contradictory_duplicates" not in kinds(findings)
+
+
+def test_strained_cells_say_nothing_about_forces(example, tmp_path):
+    """The energy changes by the stress, not by the forces."""
+    arrays = example("fid1_gfn2_train")
+    rng = np.random.default_rng(0)
+    for values in arrays.values():
+        length = rng.uniform(20.0, 21.0, len(values["energy"]))
+        values["cell"] = length[:, None, None] * np.eye(3)
+        values["energy"] += 100.0 * (length - 20.0)
+    assert check({"npt": write(tmp_path / "npt.h5", arrays)}).summaries["npt"].force_pairs is None
+    for values in arrays.values():
+        values["energy"] -= 100.0 * (values["cell"][:, 0, 0] - 20.0)
+        values["cell"][:] = 20.0 * np.eye(3)
+    assert check({"nvt": write(tmp_path / "nvt.h5", arrays)}).summaries["nvt"].force_pairs.consistent
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,6 +408,32 @@ def test_coordinates_in_other_units(unit, factor, groups, tmp_path):
         assert not kinds(findings, "error")  # a guess refuses nothing
 
 
+def two_atoms(symbol_numbers, distances, energies):
+    count = len(distances)
+    coord = np.zeros((count, 2, 3))
+    coord[:, 1, 2] = distances
+    return {
+        "coord": coord,
+        "numbers": np.tile(symbol_numbers, (count, 1)),
+        "charge": np.zeros(count),
+        "energy": np.asarray(energies),
+    }
+
+
+@pytest.mark.parametrize(("numbers", "distances"), [((1, 1), (0.5, 5.0)), ((1, 11), (1.75, 2.05))])
+def test_stretched_and_ionic_bonds_are_not_in_bohr(numbers, distances, tmp_path):
+    distances = np.linspace(*distances, 200)
+    arrays = two_atoms(numbers, distances, -30.0 + 0.1 * distances)
+    assert "coord_unit" not in kinds(check({"scan": write(tmp_path / "scan.h5", {2: arrays})}).findings)
+
+
+def test_enthalpies_of_formation_are_no_atomisation_energies():
+    """Those of methane to butane in eV have about the size of their atomisation energies in Hartree."""
+    numbers = [np.array([[6] * n + [1] * (2 * n + 2)]) for n in (1, 2, 3, 4, 4)]
+    energies = [np.array([e]) for e in (-0.77, -0.87, -1.08, -1.30, -1.39)]
+    assert energy_unit(numbers, energies) is None
+
+
 def test_length_unit_is_silent_without_enough_atoms():
     assert length_unit(np.ones(19, int), np.full(19, 2.0)) is None
     assert length_unit(np.full(100, 79), np.full(100, 2.9)) is None
@@ -388,6 +451,19 @@ def test_gradients_in_place_of_forces(example, tmp_path):
     assert report.summaries["dft"].force_pairs.slope == pytest.approx(-1.0, abs=0.05)
     assert the(report.findings, "forces_sign").severity == "error"
     assert "forces_unit" not in kinds(report.findings)
+    assert "are gradients; multiply them by -1" in the(report.findings, "forces_sign").message
+
+
+def test_binding_energies_are_not_taken_for_gradients(example, tmp_path):
+    """Positive energies of molecules: the forces may be right."""
+    source = write(tmp_path / "data.h5", change(example(), energy=-1.0))
+    assert "or the energies have the wrong sign" in the(check({"dft": source}).findings, "forces_sign").message
+
+
+@pytest.mark.parametrize(("factor", "kind"), [(-1.0, "forces_sign"), (EV_KCAL_MOL, "forces_unit")])
+def test_training_finds_wrong_forces_in_a_sample(factor, kind, example, tmp_path):
+    source = write(tmp_path / "data.h5", change(example("fid1_gfn2_train"), forces=factor))
+    assert kind in kinds(quick_checks(source, "a", limit=1000))
 
 
 @pytest.mark.parametrize(
@@ -761,6 +837,19 @@ def test_mismatch_tells_elements_apart():
     assert distance_mismatch(numbers, coord, np.array([[1, 6, 6]]), coord)[0] == np.inf
 
 
+def test_radii_rule_out_only_what_distances_rule_out(groups):
+    rng = np.random.default_rng(6)
+    for arrays in groups().values():
+        numbers, coord = arrays["numbers"], arrays["coord"].astype(float)
+        for scale in (0.0, 1e-4, 3e-4, 1e-3, 0.03):
+            other = np.stack([moved(x, seed) for seed, x in enumerate(coord + rng.normal(0, scale, coord.shape))])
+            order = rng.permutation(numbers.shape[1])
+            sides = (numbers, coord, numbers[:, order], other[:, order])
+            likely = may_be_equal(*sides, tolerance=1e-3)
+            assert likely[distance_mismatch(*sides) <= 1e-3].all()
+            assert scale < 0.03 or numbers.shape[1] < 6 or likely.mean() < 0.1
+
+
 def test_neighbours_never_match_nan():
     keys = np.array([5, 5, 5, 7], np.uint64)
     averages = np.array([[1.0, 1, 1], [np.nan] * 3, [1, 1, 1], [1, 1, 1]], np.float32)
@@ -779,10 +868,12 @@ def test_superposing_turns_forces_along(groups):
     coord = groups()[8]["coord"].astype(float)
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
     turn *= np.sign(np.linalg.det(turn))
-    moved_back, rotations = superpose(coord @ turn + 3.0, coord)
+    moved_back, rotations = superpose(coord @ turn + 3.0, coord, np.zeros(len(coord), bool))
     assert moved_back == pytest.approx(coord, abs=1e-6)
     assert coord @ turn @ rotations == pytest.approx(coord, abs=1e-5)
     assert np.linalg.det(rotations) == pytest.approx(1.0)
+    _, rotations = superpose(coord @ turn + 3.0, coord, np.ones(len(coord), bool))
+    assert (rotations == np.eye(3)).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -822,6 +913,29 @@ def test_copies_are_found_among_many_similar_geometries(
     assert ("at least" in found.message) == at_least
 
 
+def test_large_molecules_are_compared_atom_by_atom_first(example, tmp_path, monkeypatch):
+    """Averages over many distances are all alike in a trajectory of a large molecule."""
+    rng = np.random.default_rng(8)
+    count, grid = 60, 1.5 * np.stack(np.meshgrid(*[np.arange(5.0)] * 3), axis=-1).reshape(-1, 3)
+    coord = grid + rng.normal(0, 0.05, (count, len(grid), 3))
+    coord[40] = moved(coord[7])
+    arrays = {
+        "coord": coord.astype(np.float32),
+        "numbers": np.tile([6, 1, 8, 7, 6], (count, len(grid) // 5)),
+        "charge": np.zeros(count),
+        "mult": np.ones(count),
+        "energy": np.full(count, -125 * 500.0),
+    }
+    compared = []
+    exactly = checks.geometry.distance_mismatch
+    monkeypatch.setattr(
+        checks.geometry, "distance_mismatch", lambda *sides: (compared.append(len(sides[0])), exactly(*sides))[1]
+    )
+    findings = check({"md": write(tmp_path / "md.h5", {len(grid): arrays})}).findings
+    assert [place.row for place in the(findings, "duplicates").places] == [40]
+    assert sum(compared) == 1
+
+
 def test_sample_of_a_large_dataset(example, tmp_path, monkeypatch):
     """Findings that rest on a sample are the same as with all molecules."""
     arrays = change(example("fid1_gfn2_train"), energy=1 / HARTREE_EV)
@@ -851,6 +965,24 @@ def test_report_as_text_and_json(groups, tmp_path):
     assert "ERROR  dft: 1 of 160 molecules with NaN or infinite coordinates" in text
     assert "group 007: row 3" in text
     assert text.endswith("1 error, 0 warnings, 1 note")
+
+
+def test_a_sample_without_a_usable_molecule(groups, tmp_path):
+    arrays = groups()
+    arrays[7]["charge"][:] = np.nan
+    findings = quick_checks(write(tmp_path / "data.h5", arrays), "dft")
+    assert the(findings, "bad_charge").count == len(arrays[7]["charge"])
+
+
+@pytest.mark.parametrize("key", ["coord", "charge", "mult", "energy", "forces", "charges"])
+def test_fill_values(key, groups, tmp_path):
+    """What netCDF writes where nothing has been written."""
+    arrays = groups()
+    arrays[7][key][3] = 9.97e36
+    source = write(tmp_path / "data.h5", arrays)
+    for findings in (check({"dft": source}).findings, quick_checks(source, "dft")):
+        found = [finding for finding in findings if Place(str(tmp_path / "data.h5"), "007", 3) in finding.places]
+        assert kinds(found) - {"rare_element"}
 
 
 def test_nothing_warns_about_its_own_arithmetic(groups, tmp_path):

@@ -80,8 +80,7 @@ class Examined:
             sound = self.look_at(molecules)
             if len(sound):
                 self._take_in(sound)
-                prints.keys[sound.indices] = geometry.molecule_keys(sound["numbers"], sound["charge"], sound.mult)
-                prints.averages[sound.indices] = geometry.geometry_averages(sound["numbers"], sound.distances)
+                prints.keys[sound.indices], prints.averages[sound.indices] = fingerprints(sound)
             progress.update(len(molecules))
         self._summarise(prints)
 
@@ -149,6 +148,14 @@ class Examined:
 def _count(counts: dict[int, int], values: np.ndarray) -> None:
     for value, count in zip(*np.unique(np.rint(values), return_counts=True), strict=True):
         counts[int(value)] = counts.get(int(value), 0) + int(count)
+
+
+def fingerprints(molecules: Molecules) -> Fingerprints:
+    """What is kept of molecules to find equal and similar geometries."""
+    return Fingerprints(
+        geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult),
+        geometry.geometry_averages(molecules["numbers"], molecules.distances),
+    )
 
 
 def check_rows(data: Examined) -> Iterator[Finding]:
@@ -251,8 +258,13 @@ def check_forces(data: Examined) -> Iterator[Finding]:
             "forces_sign",
             "error",
             data.name,
-            f"forces have the wrong sign: {seen} of the forces, where +1 is right. These are gradients; multiply them "
-            "by -1.",
+            f"forces have the wrong sign: {seen} of the forces, where +1 is right. "
+            + (
+                "These are gradients; multiply them by -1."
+                if data.sample.energy_guess is not None
+                else "Either these are gradients, or the energies have the wrong sign (binding energies, positive for "
+                "what is bound). Multiply one of the two by -1."
+            ),
         )
     if abs(abs(pairs.slope) - 1.0) > 0.3:
         guess = data.sample.energy_guess

@@ -204,6 +204,53 @@ def distance_mismatch(
     return np.where(same, mismatch, np.inf)
 
 
+def may_be_equal(
+    numbers_a: np.ndarray, coord_a: np.ndarray, numbers_b: np.ndarray, coord_b: np.ndarray, tolerance: float
+) -> np.ndarray:
+    """Whether `distance_mismatch` can be within ``tolerance``, from N distances to the centre instead of all N².
+
+    With r_i² = mean_j d_ij² - ½ mean_jk d_jk², no r_i² changes by more than 3 δ max(d) + 1.5 δ² where no distance
+    changes by more than δ, and max(d) is at most 2 max(r).
+
+    Parameters
+    ----------
+    numbers_a, numbers_b, coord_a, coord_b
+        As in `distance_mismatch`.
+    tolerance : float
+        δ, Å.
+
+    Returns
+    -------
+    numpy.ndarray
+        (k,) bool.
+    """
+    delta = tolerance + 1e-5  # coordinates are in single precision
+    (sorted_a, largest_a), (sorted_b, largest_b) = (
+        _sorted_squared_radii(*side) for side in ((numbers_a, coord_a), (numbers_b, coord_b))
+    )
+    bound = 6.0 * delta * np.sqrt(np.maximum(largest_a, largest_b)) + 1.5 * delta**2
+    return np.asarray(np.abs(sorted_a - sorted_b).max(axis=1) <= bound)
+
+
+def _sorted_squared_radii(numbers: np.ndarray, coord: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances to the centre (k, N) float64 sorted within each element, and the largest (k,), Å²."""
+    squared = ((coord - coord.mean(axis=1, keepdims=True, dtype=np.float64)) ** 2).sum(axis=2)
+    order = np.lexsort((squared, numbers), axis=1)
+    return np.take_along_axis(squared, order, axis=1), squared.max(axis=1)
+
+
+_LATTICE_SUMS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
+
+
+def cell_mismatch(cell_a: np.ndarray, cell_b: np.ndarray) -> np.ndarray:
+    """Largest difference between the lengths of a, b, c, a + b, b + c and c + a of two cells (k, 3, 3): (k,), Å.
+
+    Zero for the same cell, however it is turned. Cells of zeros are those of molecules that are not periodic.
+    """
+    lengths_a, lengths_b = (np.linalg.norm(_LATTICE_SUMS @ cell, axis=2) for cell in (cell_a, cell_b))
+    return np.asarray(np.abs(lengths_a - lengths_b).max(axis=1))
+
+
 def _sorted_distances(numbers: np.ndarray, coord: np.ndarray) -> np.ndarray:
     """Distances (P, k) float64 sorted within each type of atom pair, the types `SEPARATE_TYPES` apart, Å."""
     i, j = np.triu_indices(numbers.shape[1], 1)
@@ -247,13 +294,15 @@ def nearest_distances(coord: np.ndarray) -> np.ndarray:
     return square.min(axis=0).T
 
 
-def superpose(coord: np.ndarray, onto: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def superpose(coord: np.ndarray, onto: np.ndarray, periodic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move and turn molecules onto others so that the atoms' displacements are smallest (Kabsch).
 
     Parameters
     ----------
     coord, onto : numpy.ndarray
         (k, N, 3), Å, atoms in the same order.
+    periodic : numpy.ndarray
+        (k,) bool, those that must not be turned, since their cell does not turn along.
 
     Returns
     -------
@@ -270,5 +319,5 @@ def superpose(coord: np.ndarray, onto: np.ndarray) -> tuple[np.ndarray, np.ndarr
     a = coord - coord.mean(axis=1, keepdims=True, dtype=np.float64)
     u, _, vt = np.linalg.svd(a.transpose(0, 2, 1) @ (onto - target))
     u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
-    rotations = u @ vt
+    rotations = np.where(periodic[:, None, None], np.eye(3), u @ vt)
     return a @ rotations + target, rotations

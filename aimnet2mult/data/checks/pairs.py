@@ -1,6 +1,6 @@
 """Pairs of molecules: the same geometry twice, and close geometries, between which forces do work."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +31,20 @@ FORCE_PAIRS_READ = 8000
 PAIRS_PER_READ = 8192
 """Pairs of molecules that are read at a time."""
 
+ATOMS_PER_READ = 2**18
+"""Atoms in them."""
+
 DISPLACEMENTS = (1e-3, 0.15)
 """Å; root mean square displacement per atom of a pair of close geometries. Below, energies change too little."""
 
 
-def close_pairs(source: MoleculeSource, prints: Fingerprints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+SAME_CELL = 1e-4
+"""Å; cells that differ by more do work, too, which forces do not tell."""
+
+
+def close_pairs(
+    source: MoleculeSource, prints: Fingerprints, indices: np.ndarray | None = None, limit: int = FORCE_PAIRS_READ
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Energy changes and work of the forces between pairs of close geometries of the same molecule.
 
     Parameters
@@ -43,7 +52,11 @@ def close_pairs(source: MoleculeSource, prints: Fingerprints) -> tuple[np.ndarra
     source : MoleculeSource
         A dataset with forces.
     prints : Fingerprints
-        Of all its molecules.
+        Of all its molecules, or of some of them.
+    indices : numpy.ndarray, optional
+        (n,) int, which molecules ``prints`` are of; default: all.
+    limit : int
+        Pairs to read.
 
     Returns
     -------
@@ -52,17 +65,18 @@ def close_pairs(source: MoleculeSource, prints: Fingerprints) -> tuple[np.ndarra
     """
     order = evenly(geometry.sorting(prints), FORCE_CANDIDATES, FORCE_BLOCK)
     pairs = np.concatenate([NO_PAIRS, *geometry.neighbour_pairs(prints, order, FORCE_WINDOW, FORCE_NEIGHBOURS)])
-    pairs = evenly(pairs, FORCE_PAIRS_READ)
+    pairs = evenly(pairs if indices is None else indices[pairs], limit)
     found = [np.zeros((0, 4))]
     for block in _blocks_of_one_size(pairs, source.n_atoms[pairs[:, 0]]):
         a, b = (_gather([source], np.array([0]), block[:, side], ("forces",)) for side in (0, 1))
         same = (a["numbers"] == b["numbers"]).all(axis=1)
         same &= np.isfinite(a["forces"]).all(axis=(1, 2)) & np.isfinite(b["forces"]).all(axis=(1, 2))
         same &= np.isfinite(a["energy"]) & np.isfinite(b["energy"])
+        same &= geometry.cell_mismatch(a["cell"], b["cell"]) < SAME_CELL
         if not same.any():
             continue
-        a, b = ({key: values[same] for key, values in side.items()} for side in (a, b))
-        moved, rotations = geometry.superpose(a["coord"], b["coord"])
+        a, b = _rows(a, same), _rows(b, same)
+        moved, rotations = geometry.superpose(a["coord"], b["coord"], np.abs(a["cell"]).max(axis=(1, 2)) > 0.0)
         step = b["coord"] - moved
         forces = a["forces"] @ rotations
         size = np.sqrt((step**2).sum(axis=(1, 2)))
@@ -86,10 +100,10 @@ def evenly(items: np.ndarray, limit: int, block: int = 1) -> np.ndarray:
 
 
 def _blocks_of_one_size(pairs: np.ndarray, n_atoms: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs (m, 2) of molecules in blocks of the same number of atoms, few enough for all their distances."""
+    """Pairs (m, 2) of molecules in blocks of the same number of atoms, few enough to be read at a time."""
     for size in np.unique(n_atoms).tolist():
         of_size = pairs[n_atoms == size]
-        step = min(PAIRS_PER_READ, geometry.rows_per_block(size))
+        step = min(PAIRS_PER_READ, max(1, ATOMS_PER_READ // size))
         for first in range(0, len(of_size), step):
             yield of_size[first : first + step]
 
@@ -104,24 +118,29 @@ def _gather(
 ) -> dict[str, np.ndarray]:
     """Read molecules of one size by their number among all sources, ``starts`` (len(sources),) of which is the first.
 
-    Returns ``numbers``, ``coord``, ``energy`` and per-atom labels (k, N, 3) in the order of ``indices``; NaN where a
-    source does not have them.
+    Returns ``numbers``, ``coord``, ``energy``, ``cell`` and per-atom labels (k, N, 3) in the order of ``indices``;
+    where a source does not have them, cells are zero, and labels NaN.
     """
     owners = owners_of(starts, indices)
     result: dict[str, np.ndarray] = {}
     for owner in np.unique(owners).tolist():
         mine = np.flatnonzero(owners == owner)
         wanted = indices[mine] - starts[owner]
-        for positions, arrays in sources[owner].read(wanted, ("numbers", "coord", "energy", *labels)):
+        for positions, arrays in sources[owner].read(wanted, ("numbers", "coord", "energy", "cell", *labels)):
             if not result:
                 coord = arrays["coord"]
                 result["numbers"] = np.zeros((len(indices), coord.shape[1]), np.int64)
                 result["energy"] = np.full(len(indices), np.nan)
+                result["cell"] = np.zeros((len(indices), 3, 3))
                 for key in ("coord", *labels):
                     result[key] = np.full((len(indices), *coord.shape[1:]), np.nan)
             for key, values in arrays.items():
                 result[key][mine[positions]] = values
     return result
+
+
+def _rows(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+    return {key: values[mask] for key, values in arrays.items()}
 
 
 class EqualPairs(NamedTuple):
@@ -212,6 +231,9 @@ def equal_geometries(
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for block in _blocks_of_one_size(candidates, n_atoms):
         a, b = (_gather(sources, starts, block[:, side]) for side in (0, 1))
+        likely = geometry.may_be_equal(a["numbers"], a["coord"], b["numbers"], b["coord"], limits.duplicate)
+        likely &= geometry.cell_mismatch(a["cell"], b["cell"]) <= limits.duplicate
+        block, a, b = block[likely], _rows(a, likely), _rows(b, likely)
         mismatch = geometry.distance_mismatch(a["numbers"], a["coord"], b["numbers"], b["coord"])
         share = DIATOMIC_SHARE if a["numbers"].shape[1] <= 2 else 1.0
         same = mismatch <= share * limits.duplicate

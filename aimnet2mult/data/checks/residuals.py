@@ -218,6 +218,6 @@ def outlier_check(residuals: Residuals) -> RowCheck:
         ("energy", "charge"),
         residuals.mark,
         "{molecules} whose energy is far from that of similar molecules (by up to {worst:.4g} eV, more than "
-        "{outlier:g} usual deviations, after subtracting self-atomic energies). An unconverged calculation, another "
-        "electronic state, another unit or a wrong row.",
+        "{outlier:g} usual deviations, after subtracting self-atomic energies). Broken or dissociated molecules, an "
+        "unconverged calculation, another electronic state, another unit or a wrong row.",
     )

@@ -376,7 +376,7 @@ ROW_CHECKS = (
         "error",
         ("charges", "charge"),
         _sum_off("charges", "charge", True),
-        "{molecules} whose atomic charges do not sum to the charge (off by up to {worst:.2f} e). The charges are of "
+        "{molecules} whose atomic charges do not sum to the charge (off by up to {worst:.3g} e). The charges are of "
         "another molecule or state, or charge is wrong; a model that conserves charge cannot learn them.",
     ),
     RowCheck(
@@ -384,7 +384,7 @@ ROW_CHECKS = (
         "warning",
         ("charges", "charge"),
         _sum_off("charges", "charge", False),
-        "{molecules} whose atomic charges miss the total charge by more than {charge_sum} e (up to {worst:.2f} e). "
+        "{molecules} whose atomic charges miss the total charge by more than {charge_sum} e (up to {worst:.3g} e). "
         "Rounded or unnormalised charges; rescale them or take another population analysis.",
     ),
     RowCheck(
@@ -392,7 +392,7 @@ ROW_CHECKS = (
         "error",
         ("spin_charges", "mult"),
         _sum_off("spin_charges", "spin", True),
-        "{molecules} whose spin_charges do not sum to mult - 1 (off by up to {worst:.2f} e). mult is wrong, or these "
+        "{molecules} whose spin_charges do not sum to mult - 1 (off by up to {worst:.3g} e). mult is wrong, or these "
         "are the spins of another state.",
     ),
     RowCheck(
@@ -400,7 +400,7 @@ ROW_CHECKS = (
         "warning",
         ("spin_charges", "mult"),
         _sum_off("spin_charges", "spin", False),
-        "{molecules} whose spin_charges miss mult - 1 by more than {charge_sum} e (up to {worst:.2f} e). Rounded or "
+        "{molecules} whose spin_charges miss mult - 1 by more than {charge_sum} e (up to {worst:.3g} e). Rounded or "
         "unnormalised spin populations.",
     ),
     RowCheck(
@@ -408,7 +408,7 @@ ROW_CHECKS = (
         "warning",
         ("forces",),
         _net_force,
-        "{molecules} whose forces do not add up to zero (net force up to {worst:.2f} eV/Å). An atom's force is "
+        "{molecules} whose forces do not add up to zero (net force up to {worst:.3g} eV/Å). An atom's force is "
         "missing, an external field acts, or the calculation is noisy; no potential can reproduce it.",
     ),
     RowCheck(
@@ -416,7 +416,7 @@ ROW_CHECKS = (
         "warning",
         ("forces", "coord"),
         _torque,
-        "{molecules} whose forces would spin them (net torque up to {worst:.2f} eV). Coordinates and forces are likely "
+        "{molecules} whose forces would spin them (net torque up to {worst:.3g} eV). Coordinates and forces are likely "
         "in different orientations (a program's standard orientation), or the order of the atoms differs.",
     ),
 )
@@ -474,12 +474,10 @@ class RowTallies:
 
     def add(self, molecules: Molecules) -> np.ndarray:
         """Check molecules; returns the mask (k,) of those whose numbers, coordinates, charge and mult are usable."""
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities are what is looked for
-            return self._add(molecules)
-
-    def _add(self, molecules: Molecules) -> np.ndarray:
         self.total += len(molecules)
         usable = np.ones(len(molecules), bool)
+        if not len(molecules):
+            return usable
         rest = [tally for tally in self.tallies if all(key in molecules for key in tally.check.needs)]
         for tally in rest:
             if tally.check in ESSENTIAL_CHECKS:

@@ -10,25 +10,33 @@ from tqdm import tqdm
 
 from aimnet2mult.constants import element_names
 from aimnet2mult.data.base import INPUT_KEYS, MoleculeSource
-from aimnet2mult.data.checks import geometry
 from aimnet2mult.data.checks.dataset import (
     FIDELITY_CHECKS,
     STATE_KEYS,
     Examined,
+    check_forces,
     check_outliers,
     check_rare_elements,
     check_rows,
     check_sample,
+    fingerprints,
 )
 from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.overlap import Overlap, Part
-from aimnet2mult.data.checks.pairs import evenly
+from aimnet2mult.data.checks.pairs import close_pairs, evenly
 from aimnet2mult.data.checks.rows import Molecules, pieces, read_pieces
 from aimnet2mult.data.checks.sample import SAMPLE_BLOCK, SAMPLE_MOLECULES
+from aimnet2mult.data.checks.units import force_relation
 from aimnet2mult.data.sgdataset import DatasetError
 
 logger = logging.getLogger(__name__)
+
+QUIETLY = np.errstate(invalid="ignore", over="ignore")
+"""Without warnings of numpy: NaN, infinities and numbers such as 1e36 are what is looked for."""
+
+QUICK_PAIRS = 2000
+"""Pairs of close geometries that are read when training starts."""
 
 LEAKAGE_MOLECULES = 200_000
 """More molecules are not searched for validation geometries when training starts."""
@@ -86,6 +94,7 @@ def make_parts(
     return parts
 
 
+@QUIETLY
 def check(
     sources: Mapping[str, MoleculeSource],
     validation: Mapping[str, MoleculeSource] | None = None,
@@ -142,6 +151,7 @@ def check(
     return Report(summaries, _worst_first(findings))
 
 
+@QUIETLY
 def quick_checks(
     source: MoleculeSource,
     name: str,
@@ -149,7 +159,7 @@ def quick_checks(
     sae: Mapping[int, float] | None = None,
     limits: Thresholds | None = None,
 ) -> list[Finding]:
-    """Check a sample of a dataset: what is wrong with single molecules, units, outliers of the energy.
+    """Check a sample of a dataset: what is wrong with single molecules, units, forces, outliers of the energy.
 
     Parameters
     ----------
@@ -175,17 +185,23 @@ def quick_checks(
         The file cannot be read.
     """
     data = Examined(name, source, limits or Thresholds(), sae)
-    kept = []
+    kept, prints = [], list[Fingerprints]()
     for molecules in read_pieces(source, evenly(np.arange(len(source)), limit, SAMPLE_BLOCK)):
         sound = data.look_at(molecules)
         data.sample.add(sound)
         kept.append(Molecules(sound.indices, {key: sound[key] for key in STATE_KEYS if key in sound}))
-    findings = [*check_rows(data), *check_sample(data)]
+        prints.append(fingerprints(sound))
+    if "forces" in source.keys:
+        indices = np.concatenate([molecules.indices for molecules in kept])
+        sampled = Fingerprints(*map(np.concatenate, zip(*prints, strict=True)))
+        data.summary.force_pairs = force_relation(*close_pairs(source, sampled, indices, QUICK_PAIRS))
+    findings = [*check_rows(data), *check_sample(data), *check_forces(data)]
     if data.residuals is not None:
         findings += check_outliers(data, iter(kept))
     return _worst_first(_with_files(source, findings))
 
 
+@QUIETLY
 def leakage(
     sources: Mapping[str, MoleculeSource],
     validation: Mapping[str, MoleculeSource] | None = None,
@@ -224,8 +240,7 @@ def leakage(
     for part in parts:
         for molecules in pieces(part.source, [key for key in INPUT_KEYS if key in part.source.keys]):
             rows = first + molecules.indices
-            prints.keys[rows] = geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult)
-            prints.averages[rows] = geometry.geometry_averages(molecules["numbers"], molecules.distances)
+            prints.keys[rows], prints.averages[rows] = fingerprints(molecules)
         first += len(part.source)
     return _worst_first(Overlap(parts, prints, limits or Thresholds()).leaks())
 

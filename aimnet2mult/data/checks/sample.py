@@ -8,7 +8,7 @@ import numpy as np
 from aimnet2mult.data.checks import geometry
 from aimnet2mult.data.checks.findings import Finding
 from aimnet2mult.data.checks.rows import Molecules
-from aimnet2mult.data.checks.units import FORCE_SCALE, EnergyGuess, energy_unit, length_unit
+from aimnet2mult.data.checks.units import COVALENT, FORCE_SCALE, EnergyGuess, energy_unit, length_unit
 
 SAMPLE_MOLECULES = 20_000
 """Molecules that units and self-atomic energies are judged by."""
@@ -27,8 +27,9 @@ class Sample:
     ----------
     numbers, energy, charge, keys : list of numpy.ndarray
         (k, N), (k,), (k,) and (k,) `aimnet2mult.data.checks.geometry.molecule_keys` for the molecules of one piece.
-    nearest : list of numpy.ndarray
-        (k, N), distance of each atom to its nearest neighbour, Å, for the first of the pieces.
+    nearest : list of tuple of numpy.ndarray
+        (m,) atomic numbers and distances of the atoms to their nearest neighbours, Å, for some molecules of a piece
+        that hold `COVALENT` elements only.
     force_rms : list of numpy.ndarray
         (k,), root mean square force component, eV/Å.
     """
@@ -53,8 +54,9 @@ class Sample:
         self.charge.append(np.asarray(molecules["charge"], np.float64))
         self.keys.append(geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult))
         first = molecules.subset(slice(0, max(1, NEAREST_PAIRS // molecules.n_atoms**2)))
+        first = first.subset(COVALENT[first["numbers"]].all(axis=1))
         self.nearest.append((first["numbers"].ravel(), geometry.nearest_distances(first["coord"]).ravel()))
-        if "forces" in molecules:
+        if "forces" in molecules and molecules.n_atoms > 1:  # none act on an atom alone
             forces = np.asarray(molecules["forces"], np.float64)
             self.force_rms.append(np.sqrt((forces**2).mean(axis=(1, 2))))
 

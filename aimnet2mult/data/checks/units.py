@@ -20,6 +20,9 @@ from aimnet2mult.utils.units import ENERGY_UNITS, FORCE_UNITS, HARTREE_EV, LENGT
 BOND_RANGES = {1: (0.65, 1.55), 6: (0.95, 1.75)}
 """Where the median distance to the nearest atom lies, Å: of hydrogen (H-H 0.74 ... H-Si 1.48), of carbon."""
 
+COVALENT = np.isin(np.arange(MAX_ATOMIC_NUMBER + 1), (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53))
+"""(`MAX_ATOMIC_NUMBER` + 1,) bool, elements that H and C have such bonds with (metals: longer ones)."""
+
 MIN_ATOMS = 20
 """Fewer atoms of an element say nothing about bond lengths."""
 
@@ -37,7 +40,8 @@ def length_unit(numbers: np.ndarray, nearest: np.ndarray) -> tuple[str, float] |
     Returns
     -------
     unit : str
-        ``"Å"`` where the median is that of molecules in Å, else the one unit that would make it so.
+        ``"Å"`` where the median is that of molecules in Å, else the one unit that would make it so, and the distances
+        of four atoms in five as well: those of a bond that is stretched until it breaks are no bond lengths.
     median : float
         Median distance as it stands in the data.
     """
@@ -46,9 +50,10 @@ def length_unit(numbers: np.ndarray, nearest: np.ndarray) -> tuple[str, float] |
         if len(distances) < MIN_ATOMS:
             continue
         median = float(np.median(distances))
-        fitting = [unit for unit, factor in LENGTH_UNITS.items() if shortest < factor * median < longest]
-        if "Å" in fitting:
+        if shortest < median < longest:
             return "Å", median
+        low, high = np.percentile(distances, [10, 90])
+        fitting = [unit for unit, factor in LENGTH_UNITS.items() if shortest < factor * low <= factor * high < longest]
         return (fitting[0], median) if len(fitting) == 1 else None
     return None
 
@@ -122,7 +127,8 @@ DATA_ENERGY_UNITS = ("eV", "Hartree", "kcal/mol", "kJ/mol", "Rydberg")
 """Units that energies are considered to be in, likeliest first."""
 
 CLEAR_MISFIT = 1.5
-"""A guess must fit better than this many tolerances, and that much better than what says eV."""
+"""A guess must fit better than this many tolerances. Another unit than eV must fit within one, and better than
+other guesses by this many: enthalpies of formation in eV have about the size of atomisation energies in Hartree."""
 
 
 class EnergyGuess(NamedTuple):
@@ -161,15 +167,18 @@ def energy_unit(numbers: list[np.ndarray], energies: list[np.ndarray]) -> Energy
             ratios = found[usable] / expected[usable]
             logarithms = np.where(ratios > 0, np.log(np.abs(ratios)), 10.0)
         for unit in DATA_ENERGY_UNITS:
-            # The median: some molecules may be wrong, the file as a whole is judged here.
-            off = np.median(np.abs(logarithms + np.log(ENERGY_UNITS[unit])))
+            # Some molecules may be wrong, the file as a whole is judged here; but most of them have to fit.
+            off = np.percentile(np.abs(logarithms + np.log(ENERGY_UNITS[unit])), 75)
             misfit[EnergyGuess(unit, reference.name)] = float(off) / reference.tolerance
     if not misfit:
         return None
     best = min(misfit, key=misfit.__getitem__)
     others = [value for guess, value in misfit.items() if guess.unit != best.unit]
-    clear = min(others) - misfit[best] > CLEAR_MISFIT if best.unit != "eV" else min(others) > misfit[best]
-    return best if misfit[best] < CLEAR_MISFIT and clear else None
+    if best.unit == "eV":
+        clear = misfit[best] < min(CLEAR_MISFIT, *others)
+    else:
+        clear = misfit[best] < min(1.0, min(others) - CLEAR_MISFIT)
+    return best if clear else None
 
 
 # --------------------------------------------------------------------------------------------------
