@@ -137,11 +137,14 @@ def _columns(properties: str) -> tuple[tuple[_Column, ...], int]:
     return tuple(columns), first
 
 
+TRUTH = {"t": True, "true": True, "1": True, "f": False, "false": False, "0": False}
+"""Spellings of truth values, in small letters."""
+
+
 def _truth(word: str) -> bool:
-    truth = {"T": True, "True": True, "F": False, "False": False}
-    if word not in truth:
+    if word.lower() not in TRUTH:
         raise ValueError(f"{word!r} is neither T nor F")
-    return truth[word]
+    return TRUTH[word.lower()]
 
 
 _CONVERTERS: dict[str, Callable[[str], Any]] = {"R": float, "I": int, "L": _truth, "S": str}
@@ -160,7 +163,9 @@ def _atoms(lines: Sequence[str], columns: Sequence[_Column], width: int) -> dict
     rows = [line.split() for line in lines]
     for i, row in enumerate(rows):
         if len(row) != width:
-            raise _AtomLineError(i, f"has {len(row)} words, its columns (Properties) are {width}")
+            raise _AtomLineError(
+                i, f"has {len(row)} words, but Properties names {width} columns (without Properties: element, x, y, z)"
+            )
     words = list(zip(*rows, strict=True))
     arrays = {}
     for name, kind, first, count in columns:
@@ -259,7 +264,7 @@ def periodic_cell(info: dict[str, Any]) -> np.ndarray | None:
 
     A lattice without periodicity stays among the entries.
     """
-    periodic = info.pop("pbc", "T" if "Lattice" in info else "F").split()
+    periodic = info.pop("pbc", "T" if "Lattice" in info else "F").replace(",", " ").split()
     directions = [_truth(word) for word in (periodic * 3 if len(periodic) == 1 else periodic)]
     if not any(directions):
         return None

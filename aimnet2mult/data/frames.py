@@ -182,7 +182,8 @@ class FrameRules:
     Attributes
     ----------
     names : mapping of str to str
-        Key of the layout -> name in the frame, where it is not that of `DEFAULT_NAMES`.
+        Key of the layout -> name in the frame, where it is not that of `DEFAULT_NAMES`. A minus before that of the
+        forces means that it holds gradients.
     extras : mapping of str to bool
         Further values of the structures to carry over -> whether they are text whatever they look like.
     units : mapping of str to str
@@ -209,6 +210,9 @@ class FrameRules:
         for key in self.names:
             if key not in MAPPED_KEYS:
                 raise ValueError(f"--key {key}: not an array that can be mapped; {nearest(key, MAPPED_KEYS)}")
+        name = self.names.get("forces", "")
+        if "grad" in name.lower() and not name.startswith("-"):
+            raise ValueError(f"--key forces={name}: forces are minus the gradient. Give --key forces=-{name}")
         for key in self.extras:
             if key in LAYOUT_KEYS:
                 raise ValueError(f"--extra {key}: {key} is a key of the layout; use --key {key}=NAME")
@@ -250,7 +254,11 @@ class FrameReader:
 
     def __init__(self, rules: FrameRules) -> None:
         self.rules = rules
-        self.names = {**DEFAULT_NAMES, **{key: (name,) for key, name in rules.names.items()}}
+        given = dict(rules.names)
+        self.forces_are_gradients = given.get("forces", "").startswith("-")
+        if self.forces_are_gradients:
+            given["forces"] = given["forces"][1:]
+        self.names = {**DEFAULT_NAMES, **{key: (name,) for key, name in given.items()}}
         self.left_out: Counter[str] = Counter()
         self.defaults: Counter[str] = Counter()
         self.converted: dict[str, float] = {}
@@ -353,6 +361,8 @@ class FrameReader:
         values = _real(found, shape if key != "stress" else None)
         if key == "stress":
             values = _full_stress(found[0], values)
+        if key == "forces" and self.forces_are_gradients:
+            values = -values
         if key == "energy" and np.isinf(values):
             raise ValueError(f"{found[0]} is infinite. Remove the structure.")
         return None if np.isnan(values).all() else values
@@ -436,7 +446,9 @@ class FrameReader:
         has = f"info has: {', '.join(self._last.info) or 'nothing'}; arrays: {', '.join(self._last.arrays) or 'none'}"
         for key, name in self.rules.names.items():
             if key not in self._found:
-                raise StructureError(f"--key {key}={name}: no structure has {name} ({self._last.where}: {has})")
+                raise StructureError(
+                    f"--key {key}={name}: no structure has {self.names[key][0]} ({self._last.where}: {has})"
+                )
         for key in self.rules.extras:
             if key not in self._found:
                 raise StructureError(f"--extra {key}: no structure has {key} ({self._last.where}: {has})")

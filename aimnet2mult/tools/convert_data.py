@@ -497,7 +497,7 @@ def _choice(option: str, value: str | None, known: Sequence[str]) -> str | None:
     multiple=True,
     metavar="KEY=NAME",
     help="Name of a label in the structures, e.g. energy=REF_energy; may be given again for forces, charges, "
-    "spin_charges, dipole, quadrupole, stress, charge, mult.",
+    "spin_charges, dipole, quadrupole, stress, charge, mult. forces=-NAME: gradients, whose sign is changed.",
 )
 @click.option(
     "--extra",

@@ -274,6 +274,34 @@ def test_columns_in_any_order_blank_lines_and_atomic_numbers(tmp_path):
     assert "cell" not in arrays
 
 
+@pytest.mark.parametrize("pbc", ['"T T T"', "T", '"1 1 1"', "[True, True, True]", '"true true true"'])
+def test_spellings_of_periodicity(tmp_path, pbc):
+    comment = f'energy=-1 charge=0 mult=1 Lattice="4 0 0 0 5 0 0 0 6" pbc={pbc}'
+    (frame,) = read_extxyz(write_xyz(tmp_path / "a.xyz", (comment, H2)))
+    np.testing.assert_array_equal(frame.cell, np.diag([4, 5, 6]))
+    for no in ("F", "0", "False", "false"):
+        path = write_xyz(tmp_path / "b.xyz", (comment.replace(pbc, f'"{no} {no} {no}"'), H2))
+        assert next(read_extxyz(path)).cell is None
+
+
+def test_windows_line_ends_and_files_of_other_packages(tmp_path):
+    """As ASE reads them: keys of MACE, columns before the positions, a lattice without periodicity, no last line end."""
+    comment = """Properties=REF_forces:R:3:species:S:1:pos:R:3:tag:I:1 REF_energy=-1.5e+01 config_type='two words' """
+    comment += 'pbc="F F F" Lattice="9 0 0 0 9 0 0 0 9"'
+    text = f"2\r\n{comment}\r\n1E-2 0 0 H 0 0 0 1\r\n-1e-2 0 0 H 0 0 .74 2"
+    (tmp_path / "a.xyz").write_bytes(text.encode())
+    names = {"energy": "REF_energy", "forces": "REF_forces"}
+    convert([tmp_path / "a.xyz"], tmp_path / "a.h5", FrameRules(names=names, extras={"config_type": False}))
+    arrays = contents(tmp_path / "a.h5")[0]["002"]
+    atoms = ase.io.read(tmp_path / "a.xyz")
+    np.testing.assert_array_equal(arrays["coord"][0], atoms.positions)
+    np.testing.assert_array_equal(arrays["forces"][0], atoms.arrays["REF_forces"])
+    assert arrays["energy"][0] == atoms.info["REF_energy"] == -15.0
+    assert arrays["config_type"].tolist() == [b"two words"]
+    assert "cell" not in arrays
+    assert not atoms.pbc.any()
+
+
 def test_other_formats_through_ase(tmp_path):
     images = [water(energy=-float(i), charge=0, spin=1, mol_id=f"w{i}") for i in range(4)]
     ase.io.write(tmp_path / "a.traj", images)
@@ -434,6 +462,18 @@ def test_keys_are_mapped(tmp_path):
         "mult": 1,
     }
     assert any("left out" in line and "energy (1)" in line for line in lines)
+
+
+def test_gradients_become_forces(tmp_path):
+    lines = ["O 0 0 0 1 2 3", "H 0 0 0.96 4 5 6"]
+    comment = "Properties=species:S:1:pos:R:3:dft_gradient:R:3 energy=-2 mult=2"
+    path = write_xyz(tmp_path / "a.xyz", (comment, lines))
+    rules = FrameRules(names={"forces": "-dft_gradient"}, units={"forces": "Hartree/Bohr"})
+    convert([path], tmp_path / "a.h5", rules)
+    forces = contents(tmp_path / "a.h5")[0]["002"]["forces"][0]
+    np.testing.assert_allclose(forces, -units.Hartree / units.Bohr * np.array([[1, 2, 3], [4, 5, 6]]))
+    with pytest.raises(ValueError, match=r"forces are minus the gradient\. Give --key forces=-dft_gradient"):
+        FrameRules(names={"forces": "dft_gradient"})
 
 
 def test_missing_labels_become_nan_only_where_others_have_them(tmp_path):
@@ -707,7 +747,7 @@ def test_frames_are_not_kept_in_memory(tmp_path, monkeypatch):
         ("0\n\n", r"frame 0: has 0 atoms"),
         ("2\nenergy=1\nH 0 0 0\n", r"frame 0: the file ends after 1 of 2 atoms"),
         ("1\nenergy=1\nHe 0 0 0\n1\nenergy=1\nH 0 0\n", r"frame 1: line 6: has 3 words"),
-        ("1\nenergy=1\nH 0 0 0 1 2 3\n", r"frame 0: line 3: has 7 words, its columns \(Properties\) are 4"),
+        ("1\nenergy=1\nH 0 0 0 1 2 3\n", "frame 0: line 3: has 7 words, but Properties names 4 columns"),
         ("1\nenergy=1\nQq 0 0 0\n", r"frame 0: line 3: species: 'Qq' is not an element"),
         ("2\nenergy=1\nH 0 0 0\nH 0 x 0\n", r"frame 0: line 4: pos: could not convert string to float: 'x'"),
         ("1\nProperties=species:S:1 energy=1\nHe\n", r"frame 0: line 2: Properties=species:S:1 names no pos"),
@@ -824,6 +864,7 @@ def test_attributes_that_text_cannot_hold_are_named(tmp_path, caplog):
             ["in.xyz", "o.h5", "--key", "forces=F"],
             "--key forces=F: no structure has F (in.xyz: frame 0: info has: energy;",
         ),
+        (["in.xyz", "o.h5", "--key", "forces=-grad"], "--key forces=-grad: no structure has grad (in.xyz: frame 0"),
         (["in.xyz", "o.h5", "--energy-unit", "Hartre"], "'Hartre' is not a unit of energy; known: eV"),
         (["in.xyz", "o.h5", "--default-mult", "high"], "--default-mult high: expected lowest or a whole number"),
         (["in.xyz", "o.h5", "--extra", "id"], "--extra id: no structure has id"),
