@@ -285,7 +285,7 @@ def test_spellings_of_periodicity(tmp_path, pbc):
 
 
 def test_windows_line_ends_and_files_of_other_packages(tmp_path):
-    """As ASE reads them: keys of MACE, columns before the positions, a lattice without periodicity, no last line end."""
+    """As ASE reads them: keys of MACE, columns before the positions, a lattice but not periodic, no last line end."""
     comment = """Properties=REF_forces:R:3:species:S:1:pos:R:3:tag:I:1 REF_energy=-1.5e+01 config_type='two words' """
     comment += 'pbc="F F F" Lattice="9 0 0 0 9 0 0 0 9"'
     text = f"2\r\n{comment}\r\n1E-2 0 0 H 0 0 0 1\r\n-1e-2 0 0 H 0 0 .74 2"
