@@ -460,6 +460,27 @@ def test_binding_energies_are_not_taken_for_gradients(example, tmp_path):
     assert "or the energies have the wrong sign" in the(check({"dft": source}).findings, "forces_sign").message
 
 
+def test_gradients_in_some_molecules(example, tmp_path):
+    """As when one of several files holds gradients."""
+    arrays = example("fid1_gfn2_train")
+    for n_atoms in (8, 9):
+        arrays[n_atoms]["forces"] *= -1.0
+    found = the(check({"a": write(tmp_path / "data.h5", arrays)}).findings, "forces_of_some")
+    assert found.severity == "warning"
+    assert {place.group for place in found.places} <= {"008", "009"}
+    assert len(found.places) == 5
+
+
+def test_energies_of_one_size_in_hartree(example, tmp_path):
+    """Many gross errors of one kind must not bend the self-atomic energies that they are judged by."""
+    arrays = example("fid1_gfn2_train")
+    arrays[9]["energy"] /= HARTREE_EV
+    findings = check({"a": write(tmp_path / "data.h5", arrays)}, limits=Thresholds(max_examples=4000)).findings
+    places = the(findings, "energy_outlier").places
+    assert len(places) > 0.9 * len(arrays[9]["energy"])
+    assert {place.group for place in places} == {"009"}
+
+
 @pytest.mark.parametrize(("factor", "kind"), [(-1.0, "forces_sign"), (EV_KCAL_MOL, "forces_unit")])
 def test_training_finds_wrong_forces_in_a_sample(factor, kind, example, tmp_path):
     source = write(tmp_path / "data.h5", change(example("fid1_gfn2_train"), forces=factor))

@@ -12,7 +12,7 @@ from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.checks import geometry
 from aimnet2mult.data.checks.findings import Finding, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
-from aimnet2mult.data.checks.pairs import close_pairs
+from aimnet2mult.data.checks.pairs import FORCE_PAIRS_READ, close_pairs
 from aimnet2mult.data.checks.residuals import Residuals, fit_residuals, outlier_check
 from aimnet2mult.data.checks.rows import ESSENTIAL_CHECKS, Molecules, RowTallies, pieces
 from aimnet2mult.data.checks.sample import (
@@ -22,7 +22,7 @@ from aimnet2mult.data.checks.sample import (
     SAMPLE_MOLECULES,
     Sample,
 )
-from aimnet2mult.data.checks.units import STIFFEST, force_relation, units_of_ratio
+from aimnet2mult.data.checks.units import STIFFEST, contrary_pairs, force_relation, units_of_ratio
 
 
 class Examined:
@@ -55,6 +55,10 @@ class Examined:
         Types of each array.
     largest_energy : float
         Of any molecule, without sign, eV.
+    n_contrary : int
+        Pairs of close geometries whose energies do not go with the forces although those of most pairs do.
+    contrary : numpy.ndarray
+        Molecules that occur in no other pairs.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class Examined:
         self.largest_energy = 0.0
         self.dtypes: dict[str, set[np.dtype[Any]]] = {}
         self._stride = max(1, len(source) // SAMPLE_MOLECULES)
+        self.n_contrary = 0
+        self.contrary = np.zeros(0, np.int64)
         self._sampled = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
 
     def read(self, prints: Fingerprints, progress: "tqdm[Any]") -> None:
@@ -131,8 +137,21 @@ class Examined:
         summary.typical_force = sample.typical_force
         if self.residuals is not None:
             summary.residual_per_atom = self.residuals.per_atom
-        if "forces" in self.source.keys:
-            summary.force_pairs = force_relation(*close_pairs(self.source, prints))
+        self.compare_forces(prints)
+
+    def compare_forces(
+        self, prints: Fingerprints, indices: np.ndarray | None = None, limit: int = FORCE_PAIRS_READ
+    ) -> None:
+        """Compare forces with energies between close geometries; arguments as in `close_pairs`."""
+        if "forces" not in self.source.keys:
+            return
+        pairs = close_pairs(self.source, prints, indices, limit)
+        relation = force_relation(*pairs[1:])
+        self.summary.force_pairs = relation
+        if relation is not None:
+            agree, contrary = contrary_pairs(pairs.work, pairs.energy_change, relation.slope)
+            self.n_contrary = int(contrary.sum())
+            self.contrary = np.setdiff1d(pairs.indices[contrary], pairs.indices[agree])
 
     @cached_property
     def residuals(self) -> Residuals | None:
@@ -231,6 +250,18 @@ def check_forces(data: Examined) -> Iterator[Finding]:
     pairs = data.summary.force_pairs
     if pairs is None:
         return
+    if pairs.related and data.n_contrary:
+        examples = data.contrary[: data.limits.max_examples]
+        yield Finding(
+            "forces_of_some",
+            "warning",
+            data.name,
+            f"in {data.n_contrary} of {pairs.n_pairs} pairs of close geometries energies do not go with the forces, as "
+            "they do in the others. Some energies or forces have another sign or unit, or are of another molecule or "
+            "electronic state. Have several files been joined?",
+            None,
+            tuple(locate(data.source, index) for index in examples.tolist()),
+        )
     if pairs.related and pairs.consistent:
         if pairs.stiffness > STIFFEST and data.sample.energy_guess is None:
             yield Finding(

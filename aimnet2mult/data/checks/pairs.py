@@ -42,9 +42,24 @@ SAME_CELL = 1e-4
 """Å; cells that differ by more do work, too, which forces do not tell."""
 
 
+class ClosePairs(NamedTuple):
+    """Pairs of close geometries of the same molecule: indices (m, 2) int64, and (m,) each in eV, eV and eV/Å².
+
+    `aimnet2mult.data.checks.units.force_relation` takes the last three.
+    """
+
+    indices: np.ndarray
+    work: np.ndarray
+    energy_change: np.ndarray
+    stiffness: np.ndarray
+
+
+NO_PAIRS = np.zeros((0, 2), np.int64)
+
+
 def close_pairs(
     source: MoleculeSource, prints: Fingerprints, indices: np.ndarray | None = None, limit: int = FORCE_PAIRS_READ
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> ClosePairs:
     """Energy changes and work of the forces between pairs of close geometries of the same molecule.
 
     Parameters
@@ -57,16 +72,11 @@ def close_pairs(
         (n,) int, which molecules ``prints`` are of; default: all.
     limit : int
         Pairs to read.
-
-    Returns
-    -------
-    work, energy_change, stiffness : numpy.ndarray
-        (m,) each, as `aimnet2mult.data.checks.units.force_relation` takes them.
     """
     order = evenly(geometry.sorting(prints), FORCE_CANDIDATES, FORCE_BLOCK)
     pairs = np.concatenate([NO_PAIRS, *geometry.neighbour_pairs(prints, order, FORCE_WINDOW, FORCE_NEIGHBOURS)])
     pairs = evenly(pairs if indices is None else indices[pairs], limit)
-    found = [np.zeros((0, 4))]
+    found, compared = [np.zeros((0, 4))], [NO_PAIRS]
     for block in _blocks_of_one_size(pairs, source.n_atoms[pairs[:, 0]]):
         a, b = (_gather([source], np.array([0]), block[:, side], ("forces",)) for side in (0, 1))
         same = (a["numbers"] == b["numbers"]).all(axis=1)
@@ -76,6 +86,7 @@ def close_pairs(
         if not same.any():
             continue
         a, b = _rows(a, same), _rows(b, same)
+        compared.append(block[same])
         moved, rotations = geometry.superpose(a["coord"], b["coord"], np.abs(a["cell"]).max(axis=(1, 2)) > 0.0)
         step = b["coord"] - moved
         forces = a["forces"] @ rotations
@@ -85,9 +96,9 @@ def close_pairs(
         stiffness = change / np.maximum(size, 1e-12)
         found.append(np.stack([size / np.sqrt(step.shape[1]), work, b["energy"] - a["energy"], stiffness], axis=1))
     rows = np.concatenate(found)
-    rows = rows[(rows[:, 0] > DISPLACEMENTS[0]) & (rows[:, 0] < DISPLACEMENTS[1])]
-    rows = rows[np.argsort(rows[:, 0], kind="stable")[:FORCE_PAIRS]]
-    return rows[:, 1], rows[:, 2], rows[:, 3]
+    chosen = np.flatnonzero((rows[:, 0] > DISPLACEMENTS[0]) & (rows[:, 0] < DISPLACEMENTS[1]))
+    chosen = chosen[np.argsort(rows[chosen, 0], kind="stable")[:FORCE_PAIRS]]
+    return ClosePairs(np.concatenate(compared)[chosen], *rows[chosen, 1:].T)
 
 
 def evenly(items: np.ndarray, limit: int, block: int = 1) -> np.ndarray:
@@ -169,8 +180,6 @@ MAX_NEIGHBOURS = 64
 
 ROUNDING = 2e-6
 """Å; how far averages of the distances of copies, moved or turned and stored as float32, are apart."""
-
-NO_PAIRS = np.zeros((0, 2), np.int64)
 
 MAX_CANDIDATES = 200_000
 """Pairs of candidates for the same geometry that are read and compared distance by distance."""

@@ -34,6 +34,12 @@ MIN_SPREAD = 1e-3
 MAX_REFITS = 8
 """Times that self-atomic energies are fitted without the outliers of the fit before."""
 
+L1_STEPS = 25
+"""Steps of the fit that finds gross errors, such as another unit, before all others."""
+
+GROSS_CUT = 30.0
+"""Usual deviations from that fit beyond which a molecule is left out of the first of the others."""
+
 REFIT_CUT = 8.0
 """Usual deviations beyond which a molecule is left out of the next fit."""
 
@@ -182,7 +188,8 @@ def fit_residuals(sample: Sample, sae: Mapping[int, float] | None = None) -> Res
 
 
 def _fit_without_outliers(rows: Rows, elements: list[int]) -> Residuals:
-    kept = np.ones(len(rows.energies), bool)
+    off = _least_absolute_residuals(rows) / np.sqrt(rows.n_atoms)
+    kept = np.abs(off) <= GROSS_CUT * max(_spread(off), MIN_SPREAD)
     for _ in range(MAX_REFITS):
         used = rows.subset(kept)
         held = np.asarray((used.counts > 0).any(axis=0))
@@ -196,6 +203,16 @@ def _fit_without_outliers(rows: Rows, elements: list[int]) -> Residuals:
             break
         kept = inside
     return result
+
+
+def _least_absolute_residuals(rows: Rows) -> np.ndarray:
+    """Residuals of the fit with the smallest sum of their sizes, (m,), eV: many wrong energies do not bend it."""
+    residuals, weights = rows.energies, np.ones(len(rows.energies))
+    for _ in range(L1_STEPS):
+        fit = np.linalg.lstsq(rows.counts * weights[:, None], rows.energies * weights, rcond=None)[0]
+        residuals = rows.energies - rows.counts @ fit
+        weights = 1.0 / np.sqrt(np.maximum(np.abs(residuals), MIN_SPREAD))
+    return residuals
 
 
 def _sae_table(sae: Mapping[int, float]) -> np.ndarray:

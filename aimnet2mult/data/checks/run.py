@@ -24,10 +24,9 @@ from aimnet2mult.data.checks.dataset import (
 from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.overlap import Overlap, Part
-from aimnet2mult.data.checks.pairs import close_pairs, evenly
+from aimnet2mult.data.checks.pairs import evenly
 from aimnet2mult.data.checks.rows import Molecules, pieces, read_pieces
 from aimnet2mult.data.checks.sample import SAMPLE_BLOCK, SAMPLE_MOLECULES
-from aimnet2mult.data.checks.units import force_relation
 from aimnet2mult.data.sgdataset import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -191,10 +190,8 @@ def quick_checks(
         data.sample.add(sound)
         kept.append(Molecules(sound.indices, {key: sound[key] for key in STATE_KEYS if key in sound}))
         prints.append(fingerprints(sound))
-    if "forces" in source.keys:
-        indices = np.concatenate([molecules.indices for molecules in kept])
-        sampled = Fingerprints(*map(np.concatenate, zip(*prints, strict=True)))
-        data.summary.force_pairs = force_relation(*close_pairs(source, sampled, indices, QUICK_PAIRS))
+    indices = np.concatenate([molecules.indices for molecules in kept])
+    data.compare_forces(Fingerprints(*map(np.concatenate, zip(*prints, strict=True))), indices, QUICK_PAIRS)
     findings = [*check_rows(data), *check_sample(data), *check_forces(data)]
     if data.residuals is not None:
         findings += check_outliers(data, iter(kept))

@@ -261,6 +261,37 @@ def force_relation(work: np.ndarray, energy_change: np.ndarray, stiffness: np.nd
     return ForceRelation(len(work), float(slope), scatter, float(correlation), float(np.median(stiffness)))
 
 
+CONTRARY_FACTOR = 3.0
+"""A ratio of energy change to work this far from that of most pairs, or of the other sign, is of a wrong molecule."""
+
+MAX_CONTRARY = (4, 0.02)
+"""Pairs, and share of the pairs, that may be so: steps over a barrier."""
+
+
+def contrary_pairs(work: np.ndarray, energy_change: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs of close geometries go with the forces as most do, and which clearly do not.
+
+    Parameters
+    ----------
+    work, energy_change : numpy.ndarray
+        (m,) each, as in `force_relation`.
+    slope : float
+        `ForceRelation.slope`.
+
+    Returns
+    -------
+    agree, contrary : numpy.ndarray
+        (m,) bool each; neither for pairs with little work. ``contrary`` is empty where chance explains it.
+    """
+    telling = (np.abs(work) > ENERGY_NOISE) & (np.abs(work) >= np.median(np.abs(work)))
+    ratio = np.divide(energy_change, slope * work, out=np.ones(len(work)), where=telling & (slope * work != 0.0))
+    agree = telling & (ratio > 1.0 / CONTRARY_FACTOR) & (ratio < CONTRARY_FACTOR)
+    contrary = telling & ~agree
+    if contrary.sum() <= max(MAX_CONTRARY[0], MAX_CONTRARY[1] * telling.sum()):
+        contrary[:] = False
+    return agree, contrary
+
+
 def units_of_ratio(slope: float, length: str, energy: str | None) -> list[tuple[str, str]]:
     """Units of energies and forces that would explain a ratio of energy change to work other than 1.
 
