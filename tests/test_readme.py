@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "docs/data.md", "benchmarks/README.md"]
 
 
 def code_blocks(language):
@@ -44,11 +45,31 @@ def test_python_snippets_run(folder, number):
     subprocess.run([sys.executable, "-c", code_blocks("python")[number]], check=True, cwd=folder, timeout=300)
 
 
-def test_modules_and_files_that_are_named_exist():
-    for module in set(re.findall(r"python -m (aimnet2mult[\w.]+)", README)):
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_and_files_that_are_named_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module in set(re.findall(r"python -m (aimnet2mult[\w.]+)", text)):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for script in set(re.findall(r"python (benchmarks/\w+\.py)", text)):
+        assert (ROOT / script).is_file(), script
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_settings_in_the_page_on_data_are_valid(tmp_path, monkeypatch):
+    pytest.importorskip("omegaconf")
+    from aimnet2mult.train.configuration import load_config, named_fidelities
+
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    for name in ("ccsd", "wb97m_a", "wb97m_b_1", "wb97m_val", "gfn2"):
+        (tmp_path / f"{name}.h5").touch()
+        (tmp_path / f"sae_{name.partition('_')[0]}.yaml").touch()
+    (tmp_path / "train.yaml").write_text(settings, encoding="utf-8")
+    fidelities = named_fidelities(load_config(tmp_path / "train.yaml", ["data.fidelities.ccsd.weight=20"]))
+    assert list(fidelities) == ["ccsd", "wb97m", "gfn2"]
+    assert fidelities["ccsd"].weight == 20
+    assert fidelities["wb97m"].subtract_dispersion
 
 
 @pytest.mark.parametrize(
