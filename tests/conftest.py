@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimnet2mult.models.base import build_model, count_fidelities, load_checkpoint, load_model_config, load_weights
+from aimnet2mult.models.base import build_model, layout_of_weights, load_checkpoint, load_model_config, load_weights
 
 torch.set_num_threads(1)
 
@@ -61,7 +61,9 @@ def reference_model():
 
     def build(name, dtype=torch.float64):
         state = load_checkpoint(FIXTURES / f"{name}.pt")["model"]
-        model = build_model(load_model_config(FIXTURES / f"{name}_model.yaml"), count_fidelities(state))
+        model = build_model(
+            load_model_config(FIXTURES / f"{name}_model.yaml"), layout_of_weights(state, {}, 200).num_fidelities
+        )
         load_weights(model, state)
         return model.to(dtype).eval()
 

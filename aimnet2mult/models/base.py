@@ -2,8 +2,10 @@
 
 import pickle
 import platform
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import aimnet2mult
 from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build_module, load_yaml, resolve
-from aimnet2mult.constants import FIDELITY_OFFSET
+from aimnet2mult.constants import FIDELITY_OFFSET, TYPES_PER_FIDELITY
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, num_types
 from aimnet2mult.utils.files import atomic_path
@@ -278,13 +280,82 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return checkpoint
 
 
-def count_fidelities(state_dict: Mapping[str, Tensor], fidelity_offset: int = FIDELITY_OFFSET) -> int:
-    """Number of fidelities that weights belong to: from their readouts, else from the rows of the embedding."""
-    heads = {key.split(".")[1] for key in state_dict if key.startswith("fidelity_readouts.")}
-    if heads:
-        return len(heads)
-    rows = state_dict["afv.weight"].shape[0]
-    count = 1
-    while num_types(count + 1, fidelity_offset) <= rows:
-        count += 1
-    return count
+# --------------------------------------------------------------------------------------------------
+# how weights are spread over fidelities
+# --------------------------------------------------------------------------------------------------
+
+HEAD_KEY = re.compile(r"fidelity_readouts\.(\d+)\.(.+)")
+"""Weights of a fidelity's own readouts: fidelity, name inside."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are spread over fidelities.
+
+    Attributes
+    ----------
+    num_fidelities : int
+        Number of fidelities F.
+    offset : int
+        Distance of their element types.
+    heads : bool
+        Whether each fidelity has readouts of its own.
+    rows : int
+        Rows of the embedding table.
+    """
+
+    num_fidelities: int
+    offset: int
+    heads: bool
+    rows: int
+
+    def block(self, fidelity: int) -> range:
+        """Rows of a fidelity's element types, without that of padding (Z = 0)."""
+        first = fidelity * self.offset
+        return range(first + 1, min(first + TYPES_PER_FIDELITY, self.rows))
+
+
+def layout_of_weights(weights: Mapping[str, Tensor], description: Mapping[str, Any], default_offset: int) -> Layout:
+    """Find out how the weights of a checkpoint are spread over fidelities.
+
+    Parameters
+    ----------
+    weights : mapping
+        State dict.
+    description : mapping
+        The checkpoint; ``num_fidelities`` and ``fidelity_offset`` are believed where they are given.
+    default_offset : int
+        Offset to assume where neither the checkpoint nor the number of readouts tells.
+
+    Raises
+    ------
+    CheckpointError
+        The number of rows of the embedding fits no number of fidelities.
+    """
+    rows = weights["afv.weight"].shape[0]
+    heads = {int(match[1]) for match in map(HEAD_KEY.fullmatch, weights) if match}
+    offset = description.get("fidelity_offset")
+    if "num_fidelities" in description:
+        count = int(description["num_fidelities"])
+    elif heads:
+        count = max(heads) + 1
+    elif rows <= TYPES_PER_FIDELITY:
+        count = 1
+    else:
+        offsets = [offset] if offset is not None else list(dict.fromkeys([default_offset, FIDELITY_OFFSET]))
+        fitting = [o for o in offsets if (rows - TYPES_PER_FIDELITY) % o == 0]
+        if not fitting:
+            raise CheckpointError(
+                f"the embedding of the checkpoint has {rows} rows, which fits no number of fidelities at an offset of "
+                f"{' or '.join(map(str, offsets))}; set fidelity_offset to that of the checkpoint"
+            )
+        offset = fitting[0]
+        count = (rows - TYPES_PER_FIDELITY) // offset + 1
+    if offset is None:
+        offset = (rows - TYPES_PER_FIDELITY) // (count - 1) if count > 1 else default_offset
+    if count > 1 and rows != num_types(count, offset):
+        raise CheckpointError(
+            f"the embedding of the checkpoint has {rows} rows, {count} fidelities at an offset of {offset} need "
+            f"{num_types(count, offset)}"
+        )
+    return Layout(count, int(offset), bool(heads), rows)

@@ -310,23 +310,20 @@ def compile_model(
     import torch
 
     from aimnet2mult.dispersion import RationalDispersion
-    from aimnet2mult.models.base import count_fidelities, load_checkpoint, versions
+    from aimnet2mult.models.base import CheckpointError, layout_of_weights, load_checkpoint, versions
     from aimnet2mult.models.jit_wrapper import DeployableModel, save_jit_model
-    from aimnet2mult.models.mixed_fidelity_aimnet2 import num_types
     from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
     from aimnet2mult.utils.files import atomic_path, check_writable
 
     checkpoint = load_checkpoint(weights)
     state = checkpoint["model"]
     offset = _agree("--fidelity-offset", fidelity_offset, checkpoint.get("fidelity_offset"), FIDELITY_OFFSET)
-    count = _agree("--num-fidelities", num_fidelities, count_fidelities(state, offset), 1)
-    heads = any(key.startswith("fidelity_readouts.") for key in state)
+    try:
+        layout = layout_of_weights(state, {**checkpoint, "fidelity_offset": offset}, offset)
+    except CheckpointError as error:
+        raise ValueError(f"--fidelity-offset {offset}: {error}") from error
+    count, heads = _agree("--num-fidelities", num_fidelities, layout.num_fidelities, 1), layout.heads
     _agree("--use-fidelity-readouts", use_fidelity_readouts, heads if count > 1 else None, heads)
-    if count > 1 and state["afv.weight"].shape[0] != num_types(count, offset):
-        raise ValueError(
-            f"--fidelity-offset {offset}: {count} fidelities then have {num_types(count, offset)} element types, the "
-            f"embedding in {weights} has {state['afv.weight'].shape[0]} rows"
-        )
     names = checkpoint.get("fidelity_names") or {}
     fidelity = _fidelity(fidelity_level, count, names)
     name = names.get(fidelity)

@@ -8,7 +8,7 @@ from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import (
     CheckpointError,
     build_model,
-    count_fidelities,
+    layout_of_weights,
     load_checkpoint,
     load_model_config,
     load_weights,
@@ -94,7 +94,7 @@ def test_checkpoint_round_trip(tmp_path, small_config, molecules):
     assert checkpoint["dispersion"] == {
         0: {"labels": {"method": "d3bj", "parameters": {"a1": 0.5}}, "subtracted": True}
     }
-    assert count_fidelities(checkpoint["model"]) == 2
+    assert layout_of_weights(checkpoint["model"], {}, 200).num_fidelities == 2
     again = build_model(checkpoint["model_config"], 2)
     load_weights(again, checkpoint["model"])
     data = molecules(torch.float32)
@@ -104,7 +104,7 @@ def test_checkpoint_round_trip(tmp_path, small_config, molecules):
 def test_bare_state_dict_loads(tmp_path, small_config):
     path = tmp_path / "bare.pt"
     torch.save(build_model(small_config).state_dict(), path)
-    assert count_fidelities(load_checkpoint(path)["model"]) == 1
+    assert layout_of_weights(load_checkpoint(path)["model"], {}, 200).num_fidelities == 1
 
 
 def test_unused_copies_of_the_reference_layout_and_nothing_else(fixtures_dir):

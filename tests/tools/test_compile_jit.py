@@ -133,7 +133,10 @@ def test_parameters_given_one_by_one(run, mixed):
         ([], "choose one of 0..2"),
         (["--fidelity-level", 0, "--num-fidelities", 2], "--num-fidelities 2 contradicts the checkpoint, which says 3"),
         (["--fidelity-level", 0, "--use-fidelity-readouts", "false"], "--use-fidelity-readouts False contradicts"),
-        (["--fidelity-level", 0, "--fidelity-offset", 150], "--fidelity-offset 150: 3 fidelities then have 429"),
+        (
+            ["--fidelity-level", 0, "--fidelity-offset", 150],
+            "--fidelity-offset 150: the embedding of the",
+        ),
         (["--fidelity-level", 0, "--dispersion", "d4"], "d4 is not available yet"),
         (["--fidelity-level", 0, "--dispersion", "d3"], "--dispersion d3 is unknown; known: none, d3bj"),
         (["--fidelity-level", 0, "--dispersion", "d3bj"], "needs --dispersion-functional, or its own parameters"),
