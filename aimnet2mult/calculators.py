@@ -1,4 +1,4 @@
-"""ASE calculators for compiled models. The only module that knows ASE.
+"""ASE calculators for compiled models. Only this module and `tools.convert_data` know ASE.
 
 ``atoms.calc = AIMNet2Calculator("model_fid0.jpt")``, then optimise, run MD, compute vibrations. Total charge and
 spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` and ``atoms.info["spin"]``.
