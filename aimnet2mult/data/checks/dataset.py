@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, element_names
 from aimnet2mult.data.base import MoleculeSource
-from aimnet2mult.data.checks import geometry
 from aimnet2mult.data.checks.findings import Finding, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.pairs import FORCE_PAIRS_READ, close_pairs
@@ -86,7 +85,7 @@ class Examined:
             sound = self.look_at(molecules)
             if len(sound):
                 self._take_in(sound)
-                prints.keys[sound.indices], prints.averages[sound.indices] = fingerprints(sound)
+                prints.keys[sound.indices], prints.averages[sound.indices] = sound.fingerprints
             progress.update(len(molecules))
         self._summarise(prints)
 
@@ -100,8 +99,8 @@ class Examined:
         summary = self.summary
         for key, dtype in molecules.dtypes.items():
             self.dtypes.setdefault(key, set()).add(dtype)
-        for key, (complete, _, _) in molecules.label_state.items():
-            summary.labels[key] = summary.labels.get(key, 0) + int(complete.sum())
+        for key, state in molecules.label_state.items():
+            summary.labels[key] = summary.labels.get(key, 0) + int(state.complete.sum())
         size = np.abs(molecules["energy"][np.isfinite(molecules["energy"])]).max(initial=0.0)
         self.largest_energy = max(self.largest_energy, float(size))
 
@@ -167,14 +166,6 @@ class Examined:
 def _count(counts: dict[int, int], values: np.ndarray) -> None:
     for value, count in zip(*np.unique(np.rint(values), return_counts=True), strict=True):
         counts[int(value)] = counts.get(int(value), 0) + int(count)
-
-
-def fingerprints(molecules: Molecules) -> Fingerprints:
-    """What is kept of molecules to find equal and similar geometries."""
-    return Fingerprints(
-        geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult),
-        geometry.geometry_averages(molecules["numbers"], molecules.distances),
-    )
 
 
 def check_rows(data: Examined) -> Iterator[Finding]:

@@ -141,11 +141,6 @@ def locate(source: MoleculeSource, index: int) -> Place:
     return Place(where) if match is None else Place(match[1], match[2], int(match[3]))
 
 
-def molecules_of(count: int, total: int) -> str:
-    """Return ``3 of 200 molecules``."""
-    return f"{count} of {counted(total, 'molecule')}"
-
-
 def counted(number: int, noun: str) -> str:
     """Return ``1 molecule``, ``2 molecules``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -287,6 +282,4 @@ def _listed_places(finding: Finding) -> list[str]:
 def _wrapped(text: str) -> str:
     """Text in lines of `TEXT_WIDTH`, those after the first indented; paths stay in one piece."""
     indent = "    " if text.startswith(" ") else "  "
-    return textwrap.fill(
-        text, TEXT_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
+    return textwrap.fill(text, TEXT_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from aimnet2mult.constants import MAX_ATOMIC_NUMBER
-from aimnet2mult.data.checks import geometry
 from aimnet2mult.data.checks.findings import Thresholds
 from aimnet2mult.data.checks.rows import Marked, Molecules, RowCheck
 from aimnet2mult.data.checks.sample import Sample
@@ -147,10 +146,9 @@ class Residuals:
         """Mark molecules whose energy is out of the ordinary; how bad: deviation from the others, eV."""
         residuals = np.asarray(molecules["energy"], np.float64) - self.sae[molecules["numbers"]].sum(axis=1)
         charges = np.rint(molecules["charge"]).astype(int)
-        keys = geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult)
         n_atoms = np.full(len(molecules), molecules.n_atoms)
         known = np.isfinite(residuals)
-        off, deviations = self.deviations(np.where(known, residuals, 0.0), charges, n_atoms, keys)
+        off, deviations = self.deviations(np.where(known, residuals, 0.0), charges, n_atoms, molecules.keys)
         far = off > MIN_OUTLIER[0] + MIN_OUTLIER[1] * molecules.n_atoms
         return known & (deviations > limits.outlier) & far, off
 

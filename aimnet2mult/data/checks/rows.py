@@ -11,11 +11,20 @@ import numpy as np
 from aimnet2mult.constants import MAX_ATOMIC_NUMBER
 from aimnet2mult.data.base import INPUT_KEYS, MoleculeSource
 from aimnet2mult.data.checks import geometry
-from aimnet2mult.data.checks.findings import Finding, Thresholds, locate, molecules_of
+from aimnet2mult.data.checks.findings import Finding, Thresholds, counted, locate
+from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.mixed import LABEL_KEYS
 
 CHUNK_ROWS = 8192
 """Molecules read at a time."""
+
+
+class LabelState(NamedTuple):
+    """Masks (k,) of the molecules that have all of a label, only part of it, and infinities in it."""
+
+    complete: np.ndarray
+    half_missing: np.ndarray
+    infinite: np.ndarray
 
 
 class Molecules:
@@ -59,12 +68,27 @@ class Molecules:
     @property
     def mult(self) -> np.ndarray:
         """Multiplicities, (k,), 1 where the data have none."""
-        return np.asarray(self.arrays["mult"], np.float64) if "mult" in self.arrays else np.ones(len(self))
+        return np.asarray(self["mult"], np.float64) if "mult" in self else np.ones(len(self))
+
+    @property
+    def periodic(self) -> np.ndarray:
+        """Mask (k,) of the molecules with a cell."""
+        return np.asarray(self["cell"].any(axis=(1, 2))) if "cell" in self else np.zeros(len(self), bool)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Hashes (k,) of composition, charge and multiplicity (`geometry.molecule_keys`)."""
+        return geometry.molecule_keys(self["numbers"], self["charge"], self.mult)
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """What is kept to find equal and similar geometries."""
+        return Fingerprints(self.keys, geometry.geometry_averages(self["numbers"], self.distances))
 
     @cached_property
     def distances(self) -> np.ndarray:
         """Distances of all pairs of atoms, (P, k), Å."""
-        return geometry.pair_distances(self.arrays["coord"])
+        return geometry.pair_distances(self["coord"])
 
     @cached_property
     def shortest(self) -> np.ndarray:
@@ -74,17 +98,18 @@ class Molecules:
     @cached_property
     def electrons(self) -> np.ndarray:
         """Number of electrons, (k,): sum of the atomic numbers minus charge."""
-        return np.asarray(self.arrays["numbers"].sum(axis=1) - np.asarray(self.arrays["charge"], np.float64))
+        return np.asarray(self["numbers"].sum(axis=1) - np.asarray(self["charge"], np.float64))
 
     @cached_property
-    def label_state(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each label, masks (k,) of the molecules that have all of it, only part of it, and infinities in it."""
+    def label_state(self) -> dict[str, LabelState]:
+        """State of each label."""
         states = {}
         for key in LABEL_KEYS:
-            if key in self.arrays:
-                values = self.arrays[key].reshape(len(self), -1)
+            if key in self:
+                values = self[key].reshape(len(self), -1)
                 missing, infinite = np.isnan(values), np.isinf(values)
-                states[key] = (~missing.any(axis=1), missing.any(axis=1) & ~missing.all(axis=1), infinite.any(axis=1))
+                some = missing.any(axis=1)
+                states[key] = LabelState(~some, some & ~missing.all(axis=1), infinite.any(axis=1))
         return states
 
 
@@ -141,16 +166,12 @@ def _not_finite(key: str) -> Callable[[Molecules, Thresholds], Marked]:
     return lambda m, _: (~np.isfinite(m[key].reshape(len(m), -1)).all(axis=1), None)
 
 
-def _no_element(m: Molecules, _: Thresholds) -> Marked:
-    return np.asarray(((m["numbers"] < 1) | (m["numbers"] > MAX_ATOMIC_NUMBER)).any(axis=1)), None
-
-
 def _infinite(key: str) -> Callable[[Molecules, Thresholds], Marked]:
-    return lambda m, _: (m.label_state[key][2], None)
+    return lambda m, _: (m.label_state[key].infinite, None)
 
 
 def _half_missing(key: str) -> Callable[[Molecules, Thresholds], Marked]:
-    return lambda m, _: (m.label_state[key][1], None)
+    return lambda m, _: (m.label_state[key].half_missing, None)
 
 
 def _fractional_charge(m: Molecules, _: Thresholds) -> Marked:
@@ -163,34 +184,14 @@ def _not_a_multiplicity(m: Molecules, _: Thresholds) -> Marked:
     return (mult < 0.999) | (np.abs(mult - np.rint(mult)) > 1e-3), None
 
 
-def _no_electrons(m: Molecules, _: Thresholds) -> Marked:
-    return m.electrons < -1e-3, -m.electrons
-
-
 def _wrong_parity(m: Molecules) -> np.ndarray:
     electrons, unpaired = np.rint(m.electrons), np.rint(m.mult) - 1
     integers = (np.abs(m.electrons - electrons) < 1e-3) & (np.abs(m.mult - 1 - unpaired) < 1e-3)
     return integers & (unpaired >= 0) & (np.mod(electrons - unpaired, 2) == 1)
 
 
-def _parity(m: Molecules, _: Thresholds) -> Marked:
-    return _wrong_parity(m), None
-
-
-def _parity_without_mult(m: Molecules, _: Thresholds) -> Marked:
-    return _wrong_parity(m) if "mult" not in m else np.zeros(len(m), bool), None
-
-
-def _too_many_unpaired(m: Molecules, _: Thresholds) -> Marked:
-    return m.mult - 1 > m.electrons + 1e-3, None
-
-
 COINCIDE = 0.01
 """Å; atoms closer than this are the same atom twice."""
-
-
-def _coincide(m: Molecules, _: Thresholds) -> Marked:
-    return m.shortest < COINCIDE, -m.shortest
 
 
 def _close(m: Molecules, limits: Thresholds) -> Marked:
@@ -200,8 +201,7 @@ def _close(m: Molecules, limits: Thresholds) -> Marked:
 def _far(m: Molecules, limits: Thresholds) -> Marked:
     gap = np.zeros(len(m))
     wide = np.asarray(m.distances.max(axis=0, initial=0.0) > limits.far)  # a gap is no wider than the molecule
-    if "cell" in m:
-        wide &= ~np.abs(m["cell"]).any(axis=(1, 2))
+    wide &= ~m.periodic
     gap[wide] = geometry.largest_gap(m["coord"][wide])
     return gap > limits.far, gap
 
@@ -241,9 +241,8 @@ def _torque(m: Molecules, limits: Thresholds) -> Marked:
     net = np.linalg.norm(torques.sum(axis=1), axis=1)
     sizes = (np.linalg.norm(lever, axis=2) * np.linalg.norm(forces, axis=2)).sum(axis=1)
     radius = np.sqrt((lever**2).sum(axis=(1, 2)) / m.n_atoms)
-    free = ~np.abs(m["cell"]).any(axis=(1, 2)) if "cell" in m else np.ones(len(m), bool)
     # A lever of 1 Å at least, so that diatomics are judged like the others.
-    return free & (net > limits.net_force * np.maximum(radius, 1.0)) & (net > 0.05 * sizes), net
+    return ~m.periodic & (net > limits.net_force * np.maximum(radius, 1.0)) & (net > 0.05 * sizes), net
 
 
 ESSENTIAL_CHECKS = (
@@ -251,7 +250,7 @@ ESSENTIAL_CHECKS = (
         "bad_numbers",
         "error",
         ("numbers",),
-        _no_element,
+        lambda m, _: (((m["numbers"] < 1) | (m["numbers"] > MAX_ATOMIC_NUMBER)).any(axis=1), None),
         f"{{molecules}} with atomic numbers outside 1 to {MAX_ATOMIC_NUMBER}. Files hold plain atomic numbers, no "
         "padding and no fidelity offset.",
     ),
@@ -321,14 +320,14 @@ ROW_CHECKS = (
         "no_electrons",
         "error",
         ("charge",),
-        _no_electrons,
+        lambda m, _: (m.electrons < -1e-3, None),
         "{molecules} with a charge larger than the sum of the atomic numbers. Check units and sign of charge.",
     ),
     RowCheck(
         "parity",
         "error",
         ("mult", "charge"),
-        _parity,
+        lambda m, _: (_wrong_parity(m), None),
         "{molecules} with a multiplicity that its number of electrons does not allow (even number: 1, 3 ...; odd: "
         "2, 4 ...). Charge, multiplicity or an atom is wrong.",
     ),
@@ -336,7 +335,7 @@ ROW_CHECKS = (
         "parity_without_mult",
         "warning",
         ("charge",),
-        _parity_without_mult,
+        lambda m, _: (_wrong_parity(m) & ("mult" not in m), None),
         "{molecules} with an odd number of electrons, and the file has no mult, so that 1 (closed shell) is assumed. "
         "Add mult, or check the charges.",
     ),
@@ -344,14 +343,14 @@ ROW_CHECKS = (
         "too_many_unpaired",
         "error",
         ("mult", "charge"),
-        _too_many_unpaired,
+        lambda m, _: (m.mult - 1 > m.electrons + 1e-3, None),
         "{molecules} with more unpaired electrons (mult - 1) than electrons. Check mult and charge.",
     ),
     RowCheck(
         "coinciding_atoms",
         "error",
         ("coord",),
-        _coincide,
+        lambda m, _: (m.shortest < COINCIDE, None),
         f"{{molecules}} with two atoms in one place (less than {COINCIDE} Å apart). Remove the double atom or the "
         "molecule.",
     ),
@@ -496,7 +495,7 @@ class RowTallies:
         for tally in self.tallies:
             if tally.count:
                 message = tally.check.message.format(
-                    molecules=molecules_of(tally.count, self.total),
+                    molecules=f"{tally.count} of {counted(self.total, 'molecule')}",
                     worst=tally.worst,
                     minus_worst=-tally.worst,
                     **asdict(self.limits),

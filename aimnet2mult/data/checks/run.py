@@ -19,7 +19,6 @@ from aimnet2mult.data.checks.dataset import (
     check_rare_elements,
     check_rows,
     check_sample,
-    fingerprints,
 )
 from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
@@ -189,7 +188,7 @@ def quick_checks(
         sound = data.look_at(molecules)
         data.sample.add(sound)
         kept.append(Molecules(sound.indices, {key: sound[key] for key in STATE_KEYS if key in sound}))
-        prints.append(fingerprints(sound))
+        prints.append(sound.fingerprints)
     indices = np.concatenate([molecules.indices for molecules in kept])
     data.compare_forces(Fingerprints(*map(np.concatenate, zip(*prints, strict=True))), indices, QUICK_PAIRS)
     findings = [*check_rows(data), *check_sample(data), *check_forces(data)]
@@ -237,7 +236,7 @@ def leakage(
     for part in parts:
         for molecules in pieces(part.source, [key for key in INPUT_KEYS if key in part.source.keys]):
             rows = first + molecules.indices
-            prints.keys[rows], prints.averages[rows] = fingerprints(molecules)
+            prints.keys[rows], prints.averages[rows] = molecules.fingerprints
         first += len(part.source)
     return _worst_first(Overlap(parts, prints, limits or Thresholds()).leaks())
 

@@ -52,7 +52,7 @@ class Sample:
         self.numbers.append(np.asarray(molecules["numbers"], np.int16))
         self.energy.append(np.asarray(molecules["energy"], np.float64))
         self.charge.append(np.asarray(molecules["charge"], np.float64))
-        self.keys.append(geometry.molecule_keys(molecules["numbers"], molecules["charge"], molecules.mult))
+        self.keys.append(molecules.keys)
         first = molecules.subset(slice(0, max(1, NEAREST_PAIRS // molecules.n_atoms**2)))
         first = first.subset(COVALENT[first["numbers"]].all(axis=1))
         self.nearest.append((first["numbers"].ravel(), geometry.nearest_distances(first["coord"]).ravel()))
