@@ -242,6 +242,8 @@ class FrameReader:
     ----------
     left_out : collections.Counter
         Names of values that were not taken -> structures that have them.
+    left_out_of_atoms : set of str
+        Those of them with a value for each atom.
     defaults : collections.Counter
         ``charge``, ``mult`` -> structures that got the default.
     converted : dict of str to float
@@ -260,6 +262,7 @@ class FrameReader:
             given["forces"] = given["forces"][1:]
         self.names = {**DEFAULT_NAMES, **{key: (name,) for key, name in given.items()}}
         self.left_out: Counter[str] = Counter()
+        self.left_out_of_atoms: set[str] = set()
         self.defaults: Counter[str] = Counter()
         self.converted: dict[str, float] = {}
         self.dropped: set[str] = set()
@@ -319,6 +322,7 @@ class FrameReader:
             if key not in row and key not in self.rules.drop and key != "cell" and kind.dtype.kind in "fO":
                 row[key] = _blank(kind if key not in LAYOUT_KEYS else kind._replace(trailing=_row_shape(key, frame)))
         self.left_out.update(name for name in (*frame.info, *frame.arrays) if name not in used)
+        self.left_out_of_atoms.update(frame.arrays.keys() - used)
         return row
 
     def _units(self, frame: Frame, used: set[str]) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ What comes out:
 from __future__ import annotations
 
 import glob
+import signal
 import tempfile
 from contextlib import contextmanager
 from itertools import groupby
@@ -449,8 +450,16 @@ def _report(merger: Merger, labels: Mapping[str, int], reader: FrameReader) -> l
         lines.append(f"attributes that differ between files are left out: {', '.join(merger.dropped_attributes)}")
     if reader.left_out:
         names = ", ".join(f"{name} ({count})" for name, count in reader.left_out.most_common())
-        lines.append(f"left out (structures): {names}. Take them with --key or --extra.")
+        lines.append(f"left out (structures): {names}. {_advice(reader)}")
     return lines
+
+
+def _advice(reader: FrameReader) -> str:
+    """How to take what was left out; values of atoms cannot be extras."""
+    of_atoms = ", ".join(name for name in reader.left_out if name in reader.left_out_of_atoms)
+    if not of_atoms:
+        return "Take them with --key or --extra."
+    return f"Take them with --key or --extra; those with a value for each atom ({of_atoms}) with --key only."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,6 +495,20 @@ def _choice(option: str, value: str | None, known: Sequence[str]) -> str | None:
     if value is not None and value not in known:
         raise ValueError(f"{option} {value}: {nearest(value, known)}")
     return value
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does, so that no temporary file stays behind; exit status 143, as without it."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @click.command()
@@ -574,15 +597,16 @@ def main(
     words = _pairs("--attribute", attributes)
     if level is not None:
         words["level"] = level
-    lines = convert(
-        inputs,
-        output,
-        rules,
-        dtype=_choice("--dtype", dtype, DTYPES),
-        attributes=words,
-        compression=_choice("--compression", compression, COMPRESSIONS),
-        overwrite=overwrite,
-    )
+    with _sigterm_raises():
+        lines = convert(
+            inputs,
+            output,
+            rules,
+            dtype=_choice("--dtype", dtype, DTYPES),
+            attributes=words,
+            compression=_choice("--compression", compression, COMPRESSIONS),
+            overwrite=overwrite,
+        )
     for line in lines:
         click.echo(line, err=True)
     click.echo(output)

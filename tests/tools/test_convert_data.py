@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import subprocess
 import sys
 import weakref
@@ -947,3 +948,37 @@ def test_reader_reports_what_it_assumed():
     assert math.isclose(reader.row(frame)["energy"], 1.0)
     assert reader.defaults == {"charge": 1, "mult": 1}
     assert reader.left_out == {"note": 1}
+
+
+def test_hint_says_which_values_of_atoms_cannot_be_extras(tmp_path):
+    comment = "Properties=species:S:1:pos:R:3:tags:I:1 energy=1 note=x"
+    write_xyz(tmp_path / "in.xyz", (comment, ["H 0 0 0 1", "H 0 0 1 2"]))
+    assert "each atom (tags) with --key only" in convert([tmp_path / "in.xyz"], tmp_path / "a.h5")[-1]
+    write_xyz(tmp_path / "in.xyz", ("energy=1 note=x", H2))
+    assert convert([tmp_path / "in.xyz"], tmp_path / "b.h5")[-1].endswith("note (1). Take them with --key or --extra.")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("suffix", [".h5", ".db"])
+def test_interrupted_process_leaves_no_temporary_file(tmp_path, number, status, suffix):
+    write_xyz(tmp_path / "in.xyz", ("energy=1", H2), ("energy=2", [*H2, *H2]))
+    script = f"""
+import os, signal
+from aimnet2mult.data.convert import Merger
+from aimnet2mult.tools.convert_data import main
+
+def interrupted(merger, n_atoms, keys=None):
+    if n_atoms == 4:  # two atoms are written
+        print([name for name in os.listdir() if name != "in.xyz"], flush=True)
+        os.kill(os.getpid(), {int(number)})
+    yield from pieces(merger, n_atoms, keys)
+
+pieces, Merger.pieces = Merger.pieces, interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    command = [sys.executable, "-c", script, "in.xyz", f"out{suffix}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == status, result.stderr
+    assert result.stdout.count(".out.") >= 2  # the folder of the input and the output were there
+    assert [path.name for path in tmp_path.iterdir()] == ["in.xyz"]
