@@ -13,7 +13,7 @@ from aimnet2mult.data.checks.findings import Finding, Summary, Thresholds, locat
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.pairs import FORCE_PAIRS_READ, close_pairs
 from aimnet2mult.data.checks.residuals import Residuals, fit_residuals, outlier_check
-from aimnet2mult.data.checks.rows import ESSENTIAL_CHECKS, Molecules, RowTallies, pieces
+from aimnet2mult.data.checks.rows import Molecules, RowTallies, pieces
 from aimnet2mult.data.checks.sample import (
     PER_ELEMENT,
     SAMPLE_BLOCK,
@@ -92,8 +92,7 @@ class Examined:
     def look_at(self, molecules: Molecules) -> Molecules:
         """Apply the checks of rows; returns the molecules whose inputs are usable."""
         self._note_arrays(molecules)
-        usable = self.tallies.add(molecules)
-        return molecules if usable.all() else molecules.subset(usable)
+        return self.tallies.add(molecules)
 
     def _note_arrays(self, molecules: Molecules) -> None:
         summary = self.summary
@@ -346,8 +345,7 @@ def check_energies(data: Examined) -> Iterator[Finding]:
 def check_outliers(data: Examined, molecules: Iterator[Molecules]) -> Iterator[Finding]:
     """Molecules whose energies are far from the sum of their self-atomic energies."""
     assert data.residuals is not None
-    checks = [*ESSENTIAL_CHECKS, outlier_check(data.residuals)]
-    tallies = RowTallies(data.name, data.source, data.limits, checks)
+    tallies = RowTallies(data.name, data.source, data.limits, [outlier_check(data.residuals)])
     for piece in molecules:
         tallies.add(piece)
     yield from (finding for finding in tallies.findings() if finding.kind == "energy_outlier")

@@ -152,7 +152,7 @@ class RowCheck(NamedTuple):
     mark : callable
         (`Molecules`, `Thresholds`) -> `Marked`.
     message : str
-        With ``{molecules}`` (``3 molecules have``-style count), ``{worst}`` and the thresholds by name.
+        With ``{molecules}`` (``3 of 200 molecules``), ``{worst}``, ``{minus_worst}`` and the thresholds by name.
     """
 
     kind: str
@@ -250,7 +250,7 @@ ESSENTIAL_CHECKS = (
         "bad_numbers",
         "error",
         ("numbers",),
-        lambda m, _: (((m["numbers"] < 1) | (m["numbers"] > MAX_ATOMIC_NUMBER)).any(axis=1), None),
+        lambda m, _: (np.any((m["numbers"] < 1) | (m["numbers"] > MAX_ATOMIC_NUMBER), axis=1), None),
         f"{{molecules}} with atomic numbers outside 1 to {MAX_ATOMIC_NUMBER}. Files hold plain atomic numbers, no "
         "padding and no fidelity offset.",
     ),
@@ -425,28 +425,27 @@ ROW_CHECKS = (
 class Tally:
     """Molecules that one check has marked: how many, the first few, the worst."""
 
-    def __init__(self, check: RowCheck, max_examples: int) -> None:
-        self.check = check
-        self.max_examples = max_examples
+    def __init__(self, check: RowCheck, limits: Thresholds) -> None:
+        self.check, self.limits = check, limits
         self.count = 0
         self.examples: list[int] = []
         self.worst = -math.inf
 
-    def add(self, molecules: Molecules, marked: Marked) -> None:
-        """Count the marked ones among some molecules."""
-        mask, badness = marked
-        number = int(mask.sum())
-        if not number:
-            return
-        self.count += number
-        room = max(0, self.max_examples - len(self.examples))
-        self.examples += molecules.indices[mask][:room].tolist()
-        if badness is not None:
-            self.worst = max(self.worst, float(badness[mask].max()))
+    def add(self, molecules: Molecules) -> np.ndarray:
+        """Check molecules, count those that are marked, and return their mask (k,)."""
+        if not len(molecules) or any(key not in molecules for key in self.check.needs):
+            return np.zeros(len(molecules), bool)
+        mask, badness = self.check.mark(molecules, self.limits)
+        if mask.any():
+            self.count += int(mask.sum())
+            self.examples += molecules.indices[mask][: self.limits.max_examples - len(self.examples)].tolist()
+            if badness is not None:
+                self.worst = max(self.worst, float(badness[mask].max()))
+        return mask
 
 
 class RowTallies:
-    """All row checks of one dataset.
+    """What checks of rows have marked in one dataset.
 
     Parameters
     ----------
@@ -457,42 +456,31 @@ class RowTallies:
     limits : Thresholds
         From where on molecules are marked.
     checks : sequence of RowCheck, optional
-        Default `ESSENTIAL_CHECKS` and `ROW_CHECKS`.
+        What sound molecules are checked for, beside `ESSENTIAL_CHECKS`.
     """
 
     def __init__(
-        self, name: str, source: MoleculeSource, limits: Thresholds, checks: Sequence[RowCheck] | None = None
+        self, name: str, source: MoleculeSource, limits: Thresholds, checks: Sequence[RowCheck] = ROW_CHECKS
     ) -> None:
         self.name, self.source, self.limits = name, source, limits
         self.total = 0
-        self.tallies = [
-            Tally(check, limits.max_examples)
-            for check in ((*ESSENTIAL_CHECKS, *ROW_CHECKS) if checks is None else checks)
-            if source.keys.issuperset(check.needs)
-        ]
+        self.essential = [Tally(check, limits) for check in ESSENTIAL_CHECKS]
+        self.others = [Tally(check, limits) for check in checks]
 
-    def add(self, molecules: Molecules) -> np.ndarray:
-        """Check molecules; returns the mask (k,) of those whose numbers, coordinates, charge and mult are usable."""
+    def add(self, molecules: Molecules) -> Molecules:
+        """Check molecules; returns the sound ones, whose numbers, coordinates, charge and mult are usable."""
         self.total += len(molecules)
-        usable = np.ones(len(molecules), bool)
-        if not len(molecules):
-            return usable
-        rest = [tally for tally in self.tallies if all(key in molecules for key in tally.check.needs)]
-        for tally in rest:
-            if tally.check in ESSENTIAL_CHECKS:
-                marked = tally.check.mark(molecules, self.limits)
-                tally.add(molecules, marked)
-                usable &= ~marked[0]
-        sound = molecules if usable.all() else molecules.subset(usable)
-        if len(sound):
-            for tally in rest:
-                if tally.check not in ESSENTIAL_CHECKS:
-                    tally.add(sound, tally.check.mark(sound, self.limits))
-        return usable
+        faulty = np.zeros(len(molecules), bool)
+        for tally in self.essential:
+            faulty |= tally.add(molecules)
+        sound = molecules.subset(~faulty) if faulty.any() else molecules
+        for tally in self.others:
+            tally.add(sound)
+        return sound
 
     def findings(self) -> Iterator[Finding]:
         """Findings of the checks that have marked molecules."""
-        for tally in self.tallies:
+        for tally in (*self.essential, *self.others):
             if tally.count:
                 message = tally.check.message.format(
                     molecules=f"{tally.count} of {counted(self.total, 'molecule')}",
