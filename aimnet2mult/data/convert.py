@@ -35,20 +35,16 @@ from aimnet2mult.data.frames import (
     unit_factors,
 )
 from aimnet2mult.data.sgdataset import DatasetError, DatasetWriter, SizeGroupedDataset, dataset_writer
+from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.utils.files import atomic_path
+from aimnet2mult.utils.units import UNITS
 
 logger = logging.getLogger(__name__)
 
-PACKAGE_UNITS = {"coord": "Å", "cell": "Å", "energy": "eV", "forces": "eV/Å", "dipole": "e·Å"}
+PACKAGE_UNITS = {quantity: BATCH_KEYS[quantity].unit for quantity in UNITS}
 """Units in which everything is written."""
 
-ASCII_UNITS = {
-    **PACKAGE_UNITS,
-    "coord": "Angstrom",
-    "cell": "Angstrom",
-    "forces": "eV/Angstrom",
-    "dipole": "e*Angstrom",
-}
+ASCII_UNITS = {q: unit.replace("Å", "Angstrom").replace("·", "*") for q, unit in PACKAGE_UNITS.items()}
 """The same for text files."""
 
 ATTRIBUTES_MEMBER = "attributes"

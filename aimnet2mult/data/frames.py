@@ -7,9 +7,8 @@ each file is read once.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import h5py
@@ -27,7 +26,7 @@ from aimnet2mult.data.extxyz import (
     parse_arrays,
     reals,
 )
-from aimnet2mult.data.sgdataset import OPTIONAL_KEYS, REQUIRED_KEYS, expected_shape
+from aimnet2mult.data.sgdataset import OPTIONAL_KEYS, REQUIRED_KEYS, UNIT_SUFFIX, expected_shape
 from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.utils.units import UNITS, unit_factor, unit_name
 
@@ -50,7 +49,7 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Names under which a frame is searched for each key. ``spin`` is the multiplicity, as in MACE, fairchem and aimnet."""
 
-UNIT_NAMES = {quantity: f"{quantity}_unit" for quantity in UNITS}
+UNIT_NAMES = {quantity: quantity + UNIT_SUFFIX for quantity in UNITS}
 """Names under which a file states its units."""
 
 BUFFER_ATOMS = 2**17
@@ -68,14 +67,14 @@ WHOLE_CHARGE = 0.05
 # --------------------------------------------------------------------------------------------------
 
 
-def unit_factors(units: Mapping[str, str], keys: Iterable[str]) -> dict[str, float]:
+def unit_factors(units: Mapping[str, str], keys: Collection[str]) -> dict[str, float]:
     """Factors to the units of the package, for those of ``keys`` that have a unit other than it.
 
     Parameters
     ----------
     units : mapping of str to str
         Units that are stated; what is not stated is in the unit of the package.
-    keys : iterable of str
+    keys : collection of str
         Arrays to convert.
 
     Raises
@@ -84,13 +83,8 @@ def unit_factors(units: Mapping[str, str], keys: Iterable[str]) -> dict[str, flo
         Unknown units; forces whose unit is not stated although that of energy or length is another one than the
         package's; arrays that cannot be converted.
     """
-    return dict(_unit_factors(tuple(sorted(units.items())), frozenset(keys)))
-
-
-@lru_cache(maxsize=256)
-def _unit_factors(units: tuple[tuple[str, str], ...], keys: frozenset[str]) -> dict[str, float]:
-    factors = {quantity: unit_factor(quantity, unit) for quantity, unit in units}
-    other = [f"{q} is in {unit_name(q, u)}" for q, u in units if q in ("coord", "energy") and factors[q] != 1.0]
+    factors = {quantity: unit_factor(quantity, unit) for quantity, unit in units.items()}
+    other = [f"{q} is in {unit_name(q, units[q])}" for q in ("coord", "energy") if factors.get(q, 1.0) != 1.0]
     if other and "forces" in keys and "forces" not in factors:
         raise ValueError(
             f"{other[0]}, but the unit of the forces is not stated. Give --force-unit, such as Hartree/Bohr or eV/Å."
@@ -101,18 +95,13 @@ def _unit_factors(units: tuple[tuple[str, str], ...], keys: frozenset[str]) -> d
         for key in ("stress", "quadrupole", "hessian"):
             if key in keys:
                 raise ValueError(f"{other[0]}; {key} cannot be converted. Leave it out with --drop {key}.")
-    return {key: factor for key, factor in factors.items() if key in keys and factor != 1.0}
+    return {key: factor for key, factor in sorted(factors.items()) if key in keys and factor != 1.0}
 
 
 def joined_units(stated: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
     """Units that a file states, and for the others those of the command line; a contradiction is an error."""
-    return dict(_joined_units(tuple(stated.items()), tuple(options.items())))
-
-
-@lru_cache(maxsize=256)
-def _joined_units(stated: tuple[tuple[str, str], ...], options: tuple[tuple[str, str], ...]) -> dict[str, str]:
     units = dict(options)
-    for quantity, unit in stated:
+    for quantity, unit in stated.items():
         name = unit_name(quantity, unit)
         if unit_name(quantity, units.get(quantity, name)) != name:
             option = f"the command line says {units[quantity]}"
