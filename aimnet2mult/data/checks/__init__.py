@@ -4,16 +4,20 @@
 one another; `quick_checks` looks at a sample of one dataset, and training always runs it; `leakage` looks for
 validation geometries among the training data. `aimnet2mult.tools.check_data` is the command line.
 
-The checks stand in four tables, and a new one is one more entry:
+Where to find what, in the order in which it happens:
 
-`aimnet2mult.data.checks.rows.ROW_CHECKS`
-    functions of a piece of data that mark the molecules at fault;
-`aimnet2mult.data.checks.sample.SAMPLE_CHECKS`
-    functions of a sample of a dataset: units of energies and coordinates, the size of forces;
-`aimnet2mult.data.checks.dataset.FIDELITY_CHECKS`
-    functions of what is known about a dataset after all of it has been read;
-`aimnet2mult.data.checks.run.JOINT_CHECKS`
-    functions of all datasets together.
+`rows`
+    molecules read from a dataset, and `ROW_CHECKS`, a table of functions that mark those at fault by themselves;
+`sample`, `dataset`
+    what is kept of a dataset while it is read (`Examined`);
+`units`, `residuals`, `geometry`, `pairs`
+    what numbers tell about units, energies about outliers, distances about equal and close geometries;
+`fidelity`
+    `FIDELITY_CHECKS`, a table of functions of an `Examined` dataset, and what its elements are beside the others';
+`overlap`
+    geometries that several datasets have: leaks, repeats, shared ones;
+`findings`, `run`
+    what is reported, and the entry points.
 """
 
 from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds

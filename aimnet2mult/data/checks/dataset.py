@@ -1,27 +1,51 @@
-"""Checks of all of a dataset: what is noted while it is read (`Examined`), and `FIDELITY_CHECKS` on that."""
+"""A dataset (`Part`), and what is noted while it is read (`Examined`)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, element_names
+from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.checks.findings import Finding, Summary, Thresholds, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.pairs import FORCE_PAIRS_READ, close_pairs
-from aimnet2mult.data.checks.residuals import Residuals, fit_residuals, outlier_check
+from aimnet2mult.data.checks.residuals import Residuals, fit_residuals
 from aimnet2mult.data.checks.rows import Molecules, RowTallies, pieces
-from aimnet2mult.data.checks.sample import (
-    PER_ELEMENT,
-    SAMPLE_BLOCK,
-    SAMPLE_CHECKS,
-    SAMPLE_MOLECULES,
-    Sample,
-)
-from aimnet2mult.data.checks.units import STIFFEST, contrary_pairs, force_relation, units_of_ratio
+from aimnet2mult.data.checks.sample import PER_ELEMENT, SAMPLE_BLOCK, SAMPLE_MOLECULES, Sample
+from aimnet2mult.data.checks.units import contrary_pairs, force_relation
+
+
+@dataclass
+class Part:
+    """Molecules of one source and what they are used for.
+
+    Attributes
+    ----------
+    fidelity : str
+        Level of theory.
+    source : MoleculeSource
+        Where the molecules are.
+    validates : numpy.ndarray
+        (n,) bool, molecules used for validation; all of them in separate validation data.
+    """
+
+    fidelity: str
+    source: MoleculeSource
+    validates: np.ndarray
+
+    @property
+    def only_validates(self) -> bool:
+        """Whether all of the data is for validation."""
+        return len(self.validates) > 0 and bool(self.validates.all())
+
+    @property
+    def name(self) -> str:
+        """The fidelity, with a word where all of the data is for validation."""
+        return f"{self.fidelity} (validation)" if self.only_validates else self.fidelity
 
 
 class Examined:
@@ -29,9 +53,7 @@ class Examined:
 
     Parameters
     ----------
-    name : str
-        Its name.
-    source : MoleculeSource
+    part : Part
         The dataset.
     limits : Thresholds
         From where on something is reported.
@@ -60,11 +82,11 @@ class Examined:
         Molecules that occur in no other pairs.
     """
 
-    def __init__(
-        self, name: str, source: MoleculeSource, limits: Thresholds, sae: Mapping[int, float] | None = None
-    ) -> None:
-        self.name, self.source, self.limits, self.sae = name, source, limits, sae
-        self.tallies = RowTallies(name, source, limits)
+    def __init__(self, part: Part, limits: Thresholds, sae: Mapping[int, float] | None = None) -> None:
+        self.part, self.limits, self.sae = part, limits, sae
+        self.name, self.source = part.name, part.source
+        source = part.source
+        self.tallies = RowTallies(part.name, source, limits)
         self.sample = Sample()
         self.summary = Summary([str(file) for file in source.files], len(source))
         sizes, counts = np.unique(source.n_atoms, return_counts=True)
@@ -151,6 +173,12 @@ class Examined:
             self.n_contrary = int(contrary.sum())
             self.contrary = np.setdiff1d(pairs.indices[contrary], pairs.indices[agree])
 
+    def finding(
+        self, kind: str, severity: str, message: str, count: int | None = None, examples: Sequence[int] = ()
+    ) -> Finding:
+        """Finding about this dataset; ``examples`` are molecules by their index."""
+        return Finding(kind, severity, self.name, message, count, tuple(locate(self.source, i) for i in examples))
+
     @cached_property
     def residuals(self) -> Residuals | None:
         """Energies beside self-atomic energies, fitted or given; None without energies."""
@@ -165,198 +193,3 @@ class Examined:
 def _count(counts: dict[int, int], values: np.ndarray) -> None:
     for value, count in zip(*np.unique(np.rint(values), return_counts=True), strict=True):
         counts[int(value)] = counts.get(int(value), 0) + int(count)
-
-
-def check_rows(data: Examined) -> Iterator[Finding]:
-    """What the checks of rows have marked."""
-    yield from data.tallies.findings()
-
-
-def check_sample(data: Examined) -> Iterator[Finding]:
-    """What the sample says about units."""
-    for function in SAMPLE_CHECKS:
-        yield from function(data.name, data.sample)
-
-
-def check_types(data: Examined) -> Iterator[Finding]:
-    """Arrays stored with too few digits."""
-    largest = data.largest_energy
-    if any(dtype.kind == "f" and dtype.itemsize < 8 for dtype in data.dtypes.get("energy", ())):
-        lost = float(np.spacing(np.float32(largest)))
-        yield Finding(
-            "energy_type",
-            "warning" if lost > 1e-4 else "note",
-            data.name,
-            f"energy is stored as {data.summary.dtypes['energy']}: at {largest:.0f} eV neighbouring numbers are "
-            f"{1e3 * lost:.2g} meV apart. Store float64.",
-        )
-    for key in ("coord", "forces", "charges"):
-        if any(dtype.kind != "f" or dtype.itemsize < 4 for dtype in data.dtypes.get(key, ())):
-            yield Finding(
-                f"{key}_type",
-                "warning",
-                data.name,
-                f"{key} is stored as {data.summary.dtypes[key]}, which rounds it too much. Store float32 or float64.",
-            )
-
-
-def check_coverage(data: Examined) -> Iterator[Finding]:
-    """Labels that some molecules lack."""
-    total = len(data.source)
-    labels = data.summary.labels
-    if not any(labels.values()):
-        yield Finding("no_labels", "error", data.name, "no molecule has any label. Every one is NaN.")
-    for key, count in labels.items():
-        if 0 < count < total:
-            yield Finding(
-                "missing_labels",
-                "note",
-                data.name,
-                f"{total - count} of {total} molecules lack {key}; training leaves them out of its loss.",
-            )
-        elif not count and any(labels.values()):
-            yield Finding("missing_labels", "warning", data.name, f"the file has {key}, but it is NaN everywhere.")
-
-
-def check_rare_elements(data: Examined) -> Iterator[Finding]:
-    """Elements that too few molecules hold to learn them."""
-    limit = min(data.limits.rare_element, len(data.source))
-    rare = [z for z in sorted(data.elements) if data.molecules[z] < limit]
-    if rare:
-        examples = sorted({data.examples[z][0] for z in rare})[: data.limits.max_examples]
-        listed = ", ".join(f"{ELEMENT_SYMBOLS[z]} ({data.molecules[z]})" for z in rare)
-        yield Finding(
-            "rare_element",
-            "note",
-            data.name,
-            f"elements in fewer than {limit} molecules: {listed}. Do not expect them to be learnt from this dataset.",
-            None,
-            tuple(locate(data.source, index) for index in examples),
-        )
-
-
-def check_forces(data: Examined) -> Iterator[Finding]:
-    """Forces that are not minus the gradient of the energies."""
-    pairs = data.summary.force_pairs
-    if pairs is None:
-        return
-    if pairs.related and data.n_contrary:
-        examples = data.contrary[: data.limits.max_examples]
-        yield Finding(
-            "forces_of_some",
-            "warning",
-            data.name,
-            f"in {data.n_contrary} of {pairs.n_pairs} pairs of close geometries energies do not go with the forces, as "
-            "they do in the others. Some energies or forces have another sign or unit, or are of another molecule or "
-            "electronic state. Have several files been joined?",
-            None,
-            tuple(locate(data.source, index) for index in examples.tolist()),
-        )
-    if pairs.related and pairs.consistent:
-        if pairs.stiffness > STIFFEST and data.sample.energy_guess is None:
-            yield Finding(
-                "energy_and_forces_unit",
-                "warning",
-                data.name,
-                f"energies and forces go together, but neither is likely in units of eV: forces change by "
-                f"{pairs.stiffness:.0f} eV/Å for each Å of displacement (bonds: 5 to 100). kcal/mol or kJ/mol?",
-            )
-        return
-    seen = f"between {pairs.n_pairs} pairs of close geometries, energies change by {pairs.slope:.3g} times the work"
-    if not pairs.related:
-        yield Finding(
-            "forces_unrelated",
-            "warning",
-            data.name,
-            f"forces do not go with the energies ({seen} of the forces, but with no clear relation: "
-            f"r = {pairs.correlation:.2f}). Forces of other molecules, another order of atoms, another method, or "
-            "very noisy ones.",
-        )
-        return
-    positive = pairs.slope > 0.0
-    if not positive:
-        yield Finding(
-            "forces_sign",
-            "error",
-            data.name,
-            f"forces have the wrong sign: {seen} of the forces, where +1 is right. "
-            + (
-                "These are gradients; multiply them by -1."
-                if data.sample.energy_guess is not None
-                else "Either these are gradients, or the energies have the wrong sign (binding energies, positive for "
-                "what is bound). Multiply one of the two by -1."
-            ),
-        )
-    if abs(abs(pairs.slope) - 1.0) > 0.3:
-        guess = data.sample.energy_guess
-        length = data.sample.length_guess[0] if data.sample.length_guess else "Å"
-        units = units_of_ratio(pairs.slope, length, None if guess is None else guess.unit)
-        words = " or ".join(f"energies in {energy} with forces in {force}" for energy, force in units)
-        yield Finding(
-            "forces_unit",
-            "warning",
-            data.name,
-            f"forces are not minus the gradient of the energies: {seen} of the forces, where 1 is right. "
-            + (f"That is the factor of {words}. " if words else "That is no usual factor between units. ")
-            + "Convert them, or set (or correct) the root attributes energy_unit and forces_unit of the file.",
-        )
-    elif positive:
-        yield Finding(
-            "forces_inexact",
-            "warning",
-            data.name,
-            f"forces are roughly, but not exactly minus the gradient of the energies: {seen} of the forces, where 1 is "
-            "right. Energies and forces of different settings (dispersion in only one of them, another basis)?",
-        )
-
-
-STATE_KEYS = ("numbers", "energy", "charge", "mult")
-"""What outliers of the energy are found by."""
-
-OFF_SAE = 5.0
-"""eV per atom; self-atomic energies that miss the energies by more are those of another dataset."""
-
-
-def check_energies(data: Examined) -> Iterator[Finding]:
-    """Energies that do not go with the self-atomic energies."""
-    if data.sae is not None:
-        absent = sorted(data.elements.difference(data.sae))
-        if absent:
-            yield Finding(
-                "sae_elements",
-                "error",
-                data.name,
-                f"{element_names(absent)} not among the self-atomic energies. Fit them to this dataset "
-                "(python -m aimnet2mult.train.calc_sae).",
-            )
-    if data.residuals is None:
-        return
-    if data.sae is not None and abs(data.residuals.typical) > OFF_SAE:
-        yield Finding(
-            "sae_mismatch",
-            "warning",
-            data.name,
-            f"self-atomic energies leave {data.residuals.typical:.4g} eV per atom: they are of another method or unit. "
-            "Fit them to this dataset (python -m aimnet2mult.train.calc_sae).",
-        )
-    yield from check_outliers(data, pieces(data.source, STATE_KEYS))
-
-
-def check_outliers(data: Examined, molecules: Iterator[Molecules]) -> Iterator[Finding]:
-    """Molecules whose energies are far from the sum of their self-atomic energies."""
-    assert data.residuals is not None
-    tallies = RowTallies(data.name, data.source, data.limits, [outlier_check(data.residuals)])
-    for piece in molecules:
-        tallies.add(piece)
-    yield from (finding for finding in tallies.findings() if finding.kind == "energy_outlier")
-
-
-FIDELITY_CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
-    check_rows,
-    check_sample,
-    check_types,
-    check_forces,
-    check_energies,
-    check_coverage,
-)
-"""Functions of an `Examined` dataset that give findings."""

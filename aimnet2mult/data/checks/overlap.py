@@ -1,11 +1,10 @@
 """The same geometries in several places: repeats, fidelities in common, validation data that is trained on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from aimnet2mult.data.base import MoleculeSource
+from aimnet2mult.data.checks.dataset import Part
 from aimnet2mult.data.checks.findings import Finding, Place, Thresholds, counted, locate
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.pairs import equal_geometries, owners_of
@@ -18,30 +17,6 @@ STEEPEST = 50.0
 
 MANY = 0.01
 """Share of the molecules from where on repeats are a warning, and leaks an error."""
-
-
-@dataclass
-class Part:
-    """Molecules of one source and what they are used for.
-
-    Attributes
-    ----------
-    fidelity : str
-        Level of theory.
-    source : MoleculeSource
-        Where the molecules are.
-    validates : numpy.ndarray
-        (n,) bool, molecules used for validation; all of them in separate validation data.
-    """
-
-    fidelity: str
-    source: MoleculeSource
-    validates: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """The fidelity, with a word where all of the data is for validation."""
-        return f"{self.fidelity} (validation)" if len(self.validates) and self.validates.all() else self.fidelity
 
 
 class Overlap:
@@ -86,7 +61,7 @@ class Overlap:
             inside = (self.owners == number).all(axis=1)
             if not inside.any():
                 continue
-            purpose = "validation" if part.validates.all() else "training"
+            purpose = "validation" if part.only_validates else "training"
             later, pair = np.unique(self.pairs.indices[inside, 1], return_index=True)
             first = self.places(self.pairs.indices[inside, 0][pair])[0]
             share = len(later) / len(part.source)
@@ -119,33 +94,24 @@ class Overlap:
 
     def shared(self) -> Iterator[Finding]:
         """Geometries that several fidelities have."""
-        for a, b, chosen in self._between():
+        between = (self.owners[:, 0] != self.owners[:, 1]) & ~self.validates.any(axis=1)
+        for a, b in np.unique(self.owners[between], axis=0).tolist():
+            chosen = between & (self.owners == (a, b)).all(axis=1)
             names = f"{self.parts[a].name}, {self.parts[b].name}"
-            count = len(np.unique(self.pairs.indices[chosen, 0]))
+            molecules = np.unique(self.pairs.indices[chosen, 0])
+            found = f"{self.at_least}{counted(len(molecules), 'molecule')} of the same geometry in both"
             change = self.pairs.energy_change[chosen]
             same = np.abs(change) < 1e-6
-            places = self.places(np.unique(self.pairs.indices[chosen, 0]))
             if same.sum() >= max(3, 0.5 * np.isfinite(change).sum()):
-                yield Finding(
-                    "same_energies",
-                    "error",
-                    names,
-                    f"{self.at_least}{counted(count, 'molecule')} of the same geometry in both, "
-                    f"{int(same.sum())} of them with the same energy to 1e-6 eV. The same data is given for two levels "
-                    "of theory.",
-                    count,
-                    places,
+                kind, severity = "same_energies", "error"
+                message = (
+                    f"{found}, {int(same.sum())} of them with the same energy to 1e-6 eV. The same data is given for "
+                    "two levels of theory."
                 )
             else:
-                yield Finding(
-                    "shared_geometries",
-                    "note",
-                    names,
-                    f"{self.at_least}{counted(count, 'molecule')} of the same geometry in both, which is good for "
-                    "learning their difference.",
-                    count,
-                    places,
-                )
+                kind, severity = "shared_geometries", "note"
+                message = f"{found}, which is good for learning their difference."
+            yield Finding(kind, severity, names, message, len(molecules), self.places(molecules))
 
     def leaks(self) -> Iterator[Finding]:
         """Validation molecules whose geometry is trained on, in their fidelity or in another one."""
@@ -186,9 +152,3 @@ class Overlap:
                 "Validation errors are then not those of unseen molecules, which is fine if it is meant."
             )
         return Finding(kind, severity, part.name, message, len(molecules), self.places(molecules))
-
-    def _between(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Pairs of fidelities, and the rows of equal geometries between their training molecules."""
-        use = (self.owners[:, 0] != self.owners[:, 1]) & ~self.validates.any(axis=1)
-        for a, b in np.unique(self.owners[use], axis=0).tolist():
-            yield a, b, np.flatnonzero(use & (self.owners == (a, b)).all(axis=1))

@@ -2,27 +2,24 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
-from aimnet2mult.constants import element_names
 from aimnet2mult.data.base import INPUT_KEYS, MoleculeSource
-from aimnet2mult.data.checks.dataset import (
+from aimnet2mult.data.checks.dataset import Examined, Part
+from aimnet2mult.data.checks.fidelity import (
     FIDELITY_CHECKS,
+    QUICK_CHECKS,
     STATE_KEYS,
-    Examined,
-    check_forces,
+    check_elements,
     check_outliers,
-    check_rare_elements,
-    check_rows,
-    check_sample,
 )
-from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds, locate
+from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Thresholds
 from aimnet2mult.data.checks.geometry import Fingerprints
-from aimnet2mult.data.checks.overlap import Overlap, Part
+from aimnet2mult.data.checks.overlap import Overlap
 from aimnet2mult.data.checks.pairs import evenly
 from aimnet2mult.data.checks.rows import Molecules, pieces, read_pieces
 from aimnet2mult.data.checks.sample import SAMPLE_BLOCK, SAMPLE_MOLECULES
@@ -38,43 +35,6 @@ QUICK_PAIRS = 2000
 
 LEAKAGE_MOLECULES = 200_000
 """More molecules are not searched for validation geometries when training starts."""
-
-
-def check_elements(parts: Sequence[Part], examined: Sequence[Examined]) -> Iterator[Finding]:
-    """Elements that are rare in training, that a fidelity lacks, or that only the validation data hold."""
-    both = list(zip(parts, examined, strict=True))
-    trained = [(part, data) for part, data in both if not part.validates.all()]
-    everywhere = set().union(*(data.elements for _, data in trained))
-    for part, data in trained:
-        absent = sorted(everywhere - data.elements)
-        if absent:
-            yield Finding(
-                "element_of_others",
-                "note",
-                part.name,
-                f"has no {element_names(absent)}, which other fidelities have; its compiled model will refuse them.",
-            )
-        yield from check_rare_elements(data)
-    for part, data in both:
-        unknown = sorted(data.elements - everywhere)
-        if part.validates.all() and unknown and trained:
-            yield Finding(
-                "element_only_in_validation",
-                "warning",
-                part.name,
-                f"{element_names(unknown)} only in the validation data, so that nothing can be learnt about it.",
-                sum(int(data.molecules[z]) for z in unknown),
-                tuple(locate(part.source, index) for z in unknown for index in data.examples[z][:1]),
-            )
-
-
-JOINT_CHECKS: tuple[Callable[[Sequence[Part], Sequence[Examined], Overlap], Iterator[Finding]], ...] = (
-    lambda parts, examined, _: check_elements(parts, examined),
-    lambda _parts, _examined, overlap: overlap.leaks(),
-    lambda _parts, _examined, overlap: overlap.repeats(),
-    lambda _parts, _examined, overlap: overlap.shared(),
-)
-"""Functions of all datasets that give findings."""
 
 
 def make_parts(
@@ -123,13 +83,14 @@ def check(
         A dataset that turns out unreadable becomes a finding, and the others are checked.
     """
     limits = limits or Thresholds()
-    parts, read, examined = make_parts(sources, validation, held_out), list[Part](), list[Examined]()
+    parts = make_parts(sources, validation, held_out)
     prints = _empty_prints(sum(len(part.source) for part in parts))
+    examined: list[Examined] = []
     findings: list[Finding] = []
     first = 0
     with tqdm(total=len(prints.keys), unit="molecule", unit_scale=True, disable=None, leave=False) as progress:
         for part in parts:
-            data = Examined(part.name, part.source, limits, (sae or {}).get(part.fidelity))
+            data = Examined(part, limits, (sae or {}).get(part.fidelity))
             own = Fingerprints(*(array[first : first + len(part.source)] for array in prints))
             progress.set_description(part.name)
             try:
@@ -140,13 +101,12 @@ def check(
                 own.averages[:] = np.nan  # the next dataset takes the place
                 continue
             first += len(part.source)
-            read.append(part)
             examined.append(data)
-    if read:
-        overlap = Overlap(read, Fingerprints(prints.keys[:first], prints.averages[:first]), limits)
-        findings += [finding for function in JOINT_CHECKS for finding in function(read, examined, overlap)]
-    summaries: dict[str, Summary] = {data.name: data.summary for data in examined}
-    return Report(summaries, _worst_first(findings))
+    if examined:
+        prints = Fingerprints(prints.keys[:first], prints.averages[:first])
+        overlap = Overlap([data.part for data in examined], prints, limits)
+        findings += [*check_elements(examined), *overlap.leaks(), *overlap.repeats(), *overlap.shared()]
+    return Report({data.name: data.summary for data in examined}, _worst_first(findings))
 
 
 @QUIETLY
@@ -182,7 +142,7 @@ def quick_checks(
     DatasetError
         The file cannot be read.
     """
-    data = Examined(name, source, limits or Thresholds(), sae)
+    data = Examined(Part(name, source, np.zeros(len(source), bool)), limits or Thresholds(), sae)
     kept, prints = [], list[Fingerprints]()
     for molecules in read_pieces(source, evenly(np.arange(len(source)), limit, SAMPLE_BLOCK)):
         sound = data.look_at(molecules)
@@ -191,10 +151,8 @@ def quick_checks(
         prints.append(sound.fingerprints)
     indices = np.concatenate([molecules.indices for molecules in kept])
     data.compare_forces(Fingerprints(*map(np.concatenate, zip(*prints, strict=True))), indices, QUICK_PAIRS)
-    findings = [*check_rows(data), *check_sample(data), *check_forces(data)]
-    if data.residuals is not None:
-        findings += check_outliers(data, iter(kept))
-    return _worst_first(_with_files(source, findings))
+    findings = [finding for function in QUICK_CHECKS for finding in function(data)]
+    return _worst_first(_with_files(source, [*findings, *check_outliers(data, kept)]))
 
 
 @QUIETLY

@@ -1,14 +1,12 @@
-"""Checks of a sample of a dataset: units of coordinates and energies, the size of forces."""
+"""What is kept of some molecules of a dataset to judge its units and self-atomic energies by."""
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
 from aimnet2mult.data.checks import geometry
-from aimnet2mult.data.checks.findings import Finding
 from aimnet2mult.data.checks.rows import Molecules
-from aimnet2mult.data.checks.units import COVALENT, FORCE_SCALE, EnergyGuess, energy_unit, length_unit
+from aimnet2mult.data.checks.units import COVALENT, EnergyGuess, energy_unit, length_unit
 
 SAMPLE_MOLECULES = 20_000
 """Molecules that units and self-atomic energies are judged by."""
@@ -18,6 +16,10 @@ SAMPLE_BLOCK = 64
 
 PER_ELEMENT = 50
 """Molecules with each element that a sample should hold."""
+
+
+NEAREST_PAIRS = 50_000
+"""Pairs of atoms per piece that go into the distances of nearest neighbours."""
 
 
 class Sample:
@@ -79,61 +81,3 @@ class Sample:
         rms = np.concatenate(self.force_rms) if self.force_rms else np.zeros(0)
         rms = rms[np.isfinite(rms)]
         return float(np.median(rms)) if len(rms) else None
-
-
-NEAREST_PAIRS = 50_000
-"""Pairs of atoms per piece that go into the distances of nearest neighbours."""
-
-
-def check_length_unit(name: str, sample: Sample) -> Iterator[Finding]:
-    """Coordinates in Bohr, nm or pm."""
-    if sample.length_guess is None or sample.length_guess[0] == "Å":
-        return
-    unit, median = sample.length_guess
-    yield Finding(
-        "coord_unit",
-        "warning",
-        name,
-        f"coordinates look like {unit}, not Å: atoms are {median:.3g} from their nearest neighbours (median). Convert "
-        f'them, or set (or correct) the root attribute coord_unit = "{unit}" of the file.',
-    )
-
-
-def check_energy_unit(name: str, sample: Sample) -> Iterator[Finding]:
-    """Energies in Hartree, kcal/mol, kJ/mol or Rydberg."""
-    guess = sample.energy_guess
-    if guess is None or guess.unit == "eV":
-        return
-    yield Finding(
-        "energy_unit",
-        "warning",
-        name,
-        f"energies look like {guess.unit}, not eV: in {guess.unit} they have the size of {guess.reference}. Convert "
-        f'them, or set (or correct) the root attribute energy_unit = "{guess.unit}" of the file.',
-    )
-
-
-def check_force_scale(name: str, sample: Sample) -> Iterator[Finding]:
-    """Forces that are too large for eV/Å, or all zero."""
-    typical = sample.typical_force
-    if typical is None:
-        return
-    if typical > FORCE_SCALE:
-        yield Finding(
-            "force_scale",
-            "warning",
-            name,
-            f"forces are very large for eV/Å: half of the molecules have root mean square components above "
-            f"{typical:.0f}. kcal/mol/Å or kJ/mol (divide by 23.06 or 96.49), or violent geometries.",
-        )
-    elif typical == 0.0:
-        yield Finding(
-            "zero_forces",
-            "warning",
-            name,
-            "the forces of at least half of the molecules are exactly zero. Write NaN where forces are missing.",
-        )
-
-
-SAMPLE_CHECKS = (check_length_unit, check_energy_unit, check_force_scale)
-"""Functions of (name, `Sample`) that give findings."""

@@ -191,9 +191,6 @@ MIN_PAIRS = 10
 ENERGY_NOISE = 2e-3
 """eV; pairs with less work and less change of energy say nothing (two relaxed geometries, say)."""
 
-STIFFEST = 400.0
-"""eV/Å²; forces between close geometries change by 5 to 100 eV/Å per Å displacement of the atoms, never by more."""
-
 SLOPE_TOLERANCE = 0.1
 """The ratio of energy change to work may be off by this much beyond its statistical error: displacements are finite."""
 
@@ -319,8 +316,3 @@ def units_of_ratio(slope: float, length: str, energy: str | None) -> list[tuple[
     usual = ("eV/Å", "Hartree/Bohr", "kcal/mol/Å", "kJ/mol/nm", "kJ/mol/Å")
     found.sort(key=lambda pair: usual.index(pair[1]) if pair[1] in usual else len(usual))
     return found[:2]
-
-
-FORCE_SCALE = 12.0
-"""eV/Å; the median over molecules of the root mean square force component is below this for any geometries of interest
-(thermal ones have 0.5 to 3, relaxed ones next to nothing). Values in kcal/mol/Å or kJ/mol/Å are usually above."""
