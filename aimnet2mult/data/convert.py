@@ -309,8 +309,10 @@ class Merger:
         Of the user, of all parts as far as they agree, and the units.
     dropped_attributes : list of str
         Names of attributes that the parts do not agree on.
+    labels : collections.Counter
+        Label -> molecules that have it, counted as the pieces are handed out; each array should be asked for once.
     filled_mults : int
-        Molecules that have been given a multiplicity as the pieces were handed out.
+        Molecules that have been given a multiplicity, counted likewise.
 
     Raises
     ------
@@ -327,6 +329,7 @@ class Merger:
     ) -> None:
         self.parts = list(parts)
         self.default_mult = default_mult
+        self.labels: Counter[str] = Counter()
         self.filled_mults = 0
         sizes: Counter[int] = Counter()
         for part in parts:
@@ -351,33 +354,10 @@ class Merger:
             keys["mult"] = None
         types = {}
         for key in keys:
-            have = [part for part in parts if key in part.arrays[n_atoms]]
-            lacking = [part for part in parts if key not in part.arrays[n_atoms]]
-            kinds = [part.arrays[n_atoms][key] for part in have] or [ArrayType(np.dtype(np.float64))]
-            where = f"{have[0].name if have else ''}: group {n_atoms:03d}: {key}"
-            for part, kind in zip(have, kinds, strict=False):
-                if (kind.is_text, kind.trailing) != (kinds[0].is_text, kinds[0].trailing):
-                    raise DatasetError(
-                        f"{where} ({kinds[0].dtype}, {kinds[0].trailing}) does not fit that of {part.name} "
-                        f"({kind.dtype}, {kind.trailing}). Leave it out: --drop {key}"
-                    )
-            joined = kinds[0].dtype if kinds[0].is_text else np.result_type(*(kind.dtype for kind in kinds))
-            if lacking and key == "cell":
-                raise DatasetError(
-                    f"{where} is there, but not in {lacking[0].name}. Convert periodic structures apart."
-                )
-            if lacking and joined.kind in "biu" and key != "mult":
-                if key not in LABEL_KEYS:
-                    raise DatasetError(
-                        f"{where} is there, but not in {lacking[0].name}, and {joined} cannot be missing. "
-                        f"Leave it out: --drop {key}"
-                    )
-                joined = np.dtype(np.float64)
-            if (key == "energy" or joined.kind in "iu") and any(key in part.factors for part in have):
-                joined = np.dtype(np.float64)
-            if dtype is not None and key in LAYOUT_KEYS and key != "energy" and joined.kind == "f":
-                joined = np.dtype(dtype)
-            types[key] = ArrayType(joined, kinds[0].trailing)
+            kind = _joined_type(key, n_atoms, parts)
+            if dtype is not None and key in LAYOUT_KEYS and key != "energy" and kind.dtype.kind == "f":
+                kind = kind._replace(dtype=np.dtype(dtype))
+            types[key] = kind
         return types
 
     def pieces(self, n_atoms: int, keys: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -408,6 +388,8 @@ class Merger:
                     else:
                         values = piece[key] if key in piece else _blanks(len(piece["numbers"]), types[key])
                     arrays[key] = values.astype(types[key].dtype, copy=False)
+                    if key in LABEL_KEYS:
+                        self.labels[key] += int((~missing_rows(arrays[key])).sum())
                 yield first, arrays
                 first += len(piece["numbers"])
 
@@ -439,6 +421,38 @@ class Merger:
                     raise DatasetError(f"{part.where(n_atoms, first + int(np.argmin(good)))}: {key} {message}")
 
 
+def _joined_type(key: str, n_atoms: int, parts: Sequence[Part]) -> ArrayType:
+    """Type of an array that holds the rows of all parts of a group, in the units of the package.
+
+    A label that a part lacks becomes NaN there, and a multiplicity is filled in; anything else must be everywhere.
+    """
+    have = [part for part in parts if key in part.arrays[n_atoms]]
+    if not have:
+        return ArrayType(np.dtype(np.float64))
+    kinds = [part.arrays[n_atoms][key] for part in have]
+    lacking = [part for part in parts if key not in part.arrays[n_atoms]]
+    where = f"{have[0].name}: group {n_atoms:03d}: {key}"
+    for part, kind in zip(have, kinds, strict=True):
+        if (kind.is_text, kind.trailing) != (kinds[0].is_text, kinds[0].trailing):
+            raise DatasetError(
+                f"{where} ({kinds[0].dtype}, {kinds[0].trailing}) does not fit that of {part.name} "
+                f"({kind.dtype}, {kind.trailing}). Leave it out: --drop {key}"
+            )
+    joined = kinds[0].dtype if kinds[0].is_text else np.result_type(*(kind.dtype for kind in kinds))
+    if lacking and key == "cell":
+        raise DatasetError(f"{where} is there, but not in {lacking[0].name}. Convert periodic structures apart.")
+    if lacking and joined.kind in "biu" and key != "mult":
+        if key not in LABEL_KEYS:
+            raise DatasetError(
+                f"{where} is there, but not in {lacking[0].name}, and {joined} cannot be missing. "
+                f"Leave it out: --drop {key}"
+            )
+        joined = np.dtype(np.float64)
+    if (key == "energy" or joined.kind in "iu") and any(key in part.factors for part in have):
+        joined = np.dtype(np.float64)
+    return ArrayType(joined, kinds[0].trailing)
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is not None and bool(np.array_equal(a, b))
 
@@ -456,27 +470,17 @@ Progress: TypeAlias = Callable[[int], object]
 """Called with the number of molecules that have just been written."""
 
 
-def write_hdf5(merger: Merger, output: Path, progress: Progress, compression: str | None = None) -> Counter[str]:
-    """Write a dataset file; arrays in one piece unless they are compressed.
-
-    Returns
-    -------
-    collections.Counter
-        Label -> molecules that have it. All writers return this, and write under a temporary name first.
-    """
-    labels: Counter[str] = Counter()
+def write_hdf5(merger: Merger, output: Path, progress: Progress, compression: str | None = None) -> None:
+    """Write a dataset file; arrays in one piece unless they are compressed."""
     with dataset_writer(output, merger.sizes, merger.attributes, compression) as writer:
         for n_atoms in merger.sizes:
             for first, arrays in merger.pieces(n_atoms):
                 writer.write(n_atoms, first, arrays)
-                count_labels(labels, arrays)
                 progress(len(arrays["numbers"]))
-    return labels
 
 
-def write_npz(merger: Merger, output: Path, progress: Progress) -> Counter[str]:
+def write_npz(merger: Merger, output: Path, progress: Progress) -> None:
     """Write an NPZ file with members ``003/coord`` ..., and ``attributes`` as JSON."""
-    labels: Counter[str] = Counter()
     attributes = {name: _json_value(value) for name, value in merger.attributes.items()}
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(f"{ATTRIBUTES_MEMBER}.npy", "w") as stream:
@@ -493,24 +497,19 @@ def write_npz(merger: Merger, output: Path, progress: Progress) -> Counter[str]:
                     header = {"descr": descr, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(stream, header)
                     for _, arrays in pieces:
-                        stream.write(np.ascontiguousarray(arrays[key]).tobytes())
-                        count_labels(labels, arrays)
+                        stream.write(arrays[key].tobytes())
             progress(n_molecules)
-    return labels
 
 
-def write_extxyz(merger: Merger, output: Path, progress: Progress) -> Counter[str]:
+def write_extxyz(merger: Merger, output: Path, progress: Progress) -> None:
     """Write extended XYZ, ordered by number of atoms, then row; labels that a molecule lacks are left out."""
-    labels: Counter[str] = Counter()
     attributes = text_attributes(merger, line_breaks=False)
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for n_atoms in merger.sizes:
             types = brief_types(merger.types[n_atoms])
             for first, arrays in merger.pieces(n_atoms):
                 write_frames(file, arrays, ATOM_KEYS, types, attributes, f"{output}: group {n_atoms:03d}", first)
-                count_labels(labels, arrays)
                 progress(len(arrays["numbers"]))
-    return labels
 
 
 def brief_types(types: Mapping[str, ArrayType]) -> dict[str, ArrayType]:
@@ -558,10 +557,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def count_labels(labels: Counter[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Add the number of molecules of a piece that have each label."""
-    for key, values in arrays.items():
-        if key in LABEL_KEYS:
-            labels[key] += int((~missing_rows(values)).sum())

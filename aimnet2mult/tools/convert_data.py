@@ -32,7 +32,6 @@ from aimnet2mult.config.builder import nearest
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
@@ -128,51 +127,47 @@ def _ase_reading(path: Path) -> Iterator[None]:
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """Yield the structures of a file, one at a time if its format allows."""
-    from aimnet2mult.data.extxyz import read_extxyz
+    from aimnet2mult.data.extxyz import StructureError, read_extxyz
 
     kind = _format(path)
     if kind == "extxyz":
         yield from read_extxyz(path)
         return
     images = _file_images(path) if kind == "ase" else _database_images(path, DATABASE_ROWS if kind == "db" else None)
+    empty = True
     while True:
         with _ase_reading(path):
             image = next(images, None)
             if image is None:
-                return
-            where, atoms, info = image
-            frame = atoms_frame(where, atoms, info)
+                break
+            frame = atoms_frame(*image)
         yield frame
+        empty = False
+    if empty:
+        raise StructureError(f"{path}: holds no structures")
 
 
 def _file_images(path: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    from aimnet2mult.data.extxyz import StructureError
-
+    """Structures of a file that ASE reads: where, the structure, nothing beside it."""
     ase_io = _ase("ase.io", f"{path}: this format")
-    index = -1
     for index, atoms in enumerate(ase_io.iread(str(path), ":")):
         yield f"{path}: frame {index}", atoms, {}
-    if index < 0:
-        raise StructureError(f"{path}: holds no structures")
 
 
 def _database_images(path: Path, window: int | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Structures of an ASE database, with what is stored beside them; ``window`` rows in memory at a time."""
-    from aimnet2mult.data.extxyz import ATTRIBUTES_KEY, StructureError
+    from aimnet2mult.data.extxyz import ATTRIBUTES_KEY
 
     database = _ase("ase.db", f"{path}: an ASE database").connect(str(path), use_lock_file=False)
     attributes = database.metadata.get(ATTRIBUTES_KEY, {})
     about = {ATTRIBUTES_KEY: " ".join(attributes), **attributes} if attributes else {}
-    last, empty = 0, True
+    last = 0
     while rows := list(database.select(f"id>{last}", sort="id", limit=window)):
-        empty = False
         for row in rows:
             # A pair named charge is stored, but ASE answers with the sum of the initial charges: look beneath.
             pairs = {key: vars(row)[key] for key in row.key_value_pairs}
             yield f"{path}: id {row.id}", row.toatoms(), {**about, **row.data, **pairs}
         last = rows[-1].id
-    if empty:
-        raise StructureError(f"{path}: holds no structures")
 
 
 def atoms_frame(where: str, atoms: Any, info: Mapping[str, Any] | None = None) -> Frame:
@@ -225,16 +220,13 @@ def atoms_frame(where: str, atoms: Any, info: Mapping[str, Any] | None = None) -
 # --------------------------------------------------------------------------------------------------
 
 
-def write_database(merger: Merger, output: Path, progress: Progress) -> Counter[str]:
+def write_database(merger: Merger, output: Path, progress: Progress) -> None:
     """Write an ASE database: labels as a calculator's results, charge and multiplicity as key-value pairs."""
-    from collections import Counter
-
-    from aimnet2mult.data.convert import brief_types, count_labels, text_attributes
+    from aimnet2mult.data.convert import brief_types, text_attributes
     from aimnet2mult.data.extxyz import ARRAYS_KEY, ATTRIBUTES_KEY, describe_arrays
     from aimnet2mult.utils.files import atomic_path
 
     connect = _ase("ase.db", f"{output}: an ASE database").connect
-    labels: Counter[str] = Counter()
     with atomic_path(output) as temporary:
         database = connect(str(temporary), use_lock_file=False)
         with database:
@@ -243,10 +235,8 @@ def write_database(merger: Merger, output: Path, progress: Progress) -> Counter[
                 for _, arrays in merger.pieces(n_atoms):
                     for atoms, pairs, data in _database_rows(arrays):
                         database.write(atoms, key_value_pairs=pairs, data={**data, **about})
-                    count_labels(labels, arrays)
                     progress(len(arrays["numbers"]))
         database.metadata = {ATTRIBUTES_KEY: text_attributes(merger, line_breaks=True)}
-    return labels
 
 
 def _database_rows(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[Any, dict[str, float], dict[str, Any]]]:
@@ -349,11 +339,11 @@ def convert(
         merger = Merger(parts, rules.default_mult, dtype, attributes)
         with tqdm(total=len(merger), desc=f"writing {output.name}", unit="structure", disable=None) as bar:
             if kind == "hdf5":
-                labels = write_hdf5(merger, output, bar.update, compression)
+                write_hdf5(merger, output, bar.update, compression)
             else:
                 writers = {"npz": write_npz, "extxyz": write_extxyz, "db": write_database}
-                labels = writers[kind](merger, output, bar.update)
-    return _report(merger, labels, reader)
+                writers[kind](merger, output, bar.update)
+    return _report(merger, reader)
 
 
 def _check_output(output: Path, files: Sequence[Path], compression: str | None, overwrite: bool) -> str:
@@ -429,14 +419,14 @@ def _with_progress(paths: Iterable[Path]) -> Iterator[Frame]:
                 bar.update()
 
 
-def _report(merger: Merger, labels: Mapping[str, int], reader: FrameReader) -> list[str]:
+def _report(merger: Merger, reader: FrameReader) -> list[str]:
     """What has been written, assumed and left out, in words."""
     from collections import Counter
 
     from aimnet2mult.data.frames import LABEL_KEYS
 
     sizes = list(merger.sizes)
-    counts = ", ".join(f"{key} {labels[key]}" for key in LABEL_KEYS if key in labels)
+    counts = ", ".join(f"{key} {merger.labels[key]}" for key in LABEL_KEYS if key in merger.labels)
     lines = [f"structures: {len(merger)}, of {sizes[0]} to {sizes[-1]} atoms; labels: {counts}"]
     conversions = {key: factor for part in merger.parts for key, factor in part.factors.items()}
     units = {**reader.converted, **conversions}
