@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from aimnet2mult.constants import MAX_ATOMIC_NUMBER
-from aimnet2mult.data.extxyz import DIGITS, ArrayType, Frame, missing_rows, write_frames
+from aimnet2mult.data.extxyz import DIGITS, ArrayType, Frame, check_name, missing_rows, write_frames
 from aimnet2mult.data.frames import (
     ATOM_KEYS,
     LABEL_KEYS,
@@ -29,7 +29,6 @@ from aimnet2mult.data.frames import (
     RowError,
     Spool,
     array_type,
-    check_name,
     filled_mult,
     joined_units,
     unit_factors,
@@ -44,10 +43,12 @@ logger = logging.getLogger(__name__)
 PACKAGE_UNITS = {quantity: BATCH_KEYS[quantity].unit for quantity in UNITS}
 """Units in which everything is written."""
 
-ASCII_UNITS = {q: unit.replace("Å", "Angstrom").replace("·", "*") for q, unit in PACKAGE_UNITS.items()}
-"""The same for text files."""
+ASCII_UNITS = {
+    UNIT_NAMES[quantity]: unit.replace("Å", "Angstrom").replace("·", "*") for quantity, unit in PACKAGE_UNITS.items()
+}
+"""Attributes that state them in text files."""
 
-ATTRIBUTES_MEMBER = "attributes"
+ATTRIBUTES_MEMBER = "attributes.npy"
 """Member of an NPZ file that holds the attributes as JSON."""
 
 PIECE_ATOMS = 2**18
@@ -216,19 +217,10 @@ def spool_npz(source: Path, path: Path, units: Mapping[str, str], drop: frozense
 
 
 def _unpack(archive: zipfile.ZipFile, file: h5py.File, source: Path) -> None:
-    members: dict[int, dict[str, str]] = {}
-    for member in archive.namelist():
-        group, _, key = member.removesuffix(".npy").partition("/")
-        if member == f"{ATTRIBUTES_MEMBER}.npy":
-            with archive.open(member) as stream:
-                file.attrs.update(json.loads(str(np.lib.format.read_array(stream))))
-        elif group.isdigit() and int(group) > 0 and key and "/" not in key:
-            members.setdefault(int(group), {})[key] = member
-        else:
-            raise DatasetError(f"{source}: {member.removesuffix('.npy')}: expected names such as 003/coord")
-    for n_atoms, keys in members.items():
-        if "numbers" not in keys:
-            raise DatasetError(f"{source}: group {n_atoms:03d}: numbers missing")
+    if ATTRIBUTES_MEMBER in archive.namelist():
+        with archive.open(ATTRIBUTES_MEMBER) as stream:
+            file.attrs.update(json.loads(str(np.lib.format.read_array(stream))))
+    for n_atoms, keys in _members(archive, source).items():
         with contextlib.ExitStack() as stack:
             arrays = {k: _Stream(stack.enter_context(archive.open(m)), f"{source}: {m}") for k, m in keys.items()}
             n_molecules = arrays["numbers"].rows
@@ -244,6 +236,22 @@ def _unpack(archive: zipfile.ZipFile, file: h5py.File, source: Path) -> None:
             for first in range(0, n_molecules, step):
                 count = min(step, n_molecules - first)
                 writer.write(n_atoms, first, {key: array.read(count) for key, array in arrays.items()})
+
+
+def _members(archive: zipfile.ZipFile, source: Path) -> dict[int, dict[str, str]]:
+    """Number of atoms -> key -> member, for all members but the attributes."""
+    members: dict[int, dict[str, str]] = {}
+    for member in archive.namelist():
+        name = member.removesuffix(".npy")
+        group, _, key = name.partition("/")
+        if group.isdigit() and int(group) > 0 and key and "/" not in key:
+            members.setdefault(int(group), {})[key] = member
+        elif member != ATTRIBUTES_MEMBER:
+            raise DatasetError(f"{source}: {name}: expected names such as 003/coord")
+    for n_atoms, keys in members.items():
+        if "numbers" not in keys:
+            raise DatasetError(f"{source}: group {n_atoms:03d}: numbers missing")
+    return members
 
 
 class _Stream:
@@ -483,7 +491,7 @@ def write_npz(merger: Merger, output: Path, progress: Progress) -> None:
     """Write an NPZ file with members ``003/coord`` ..., and ``attributes`` as JSON."""
     attributes = {name: _json_value(value) for name, value in merger.attributes.items()}
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open(f"{ATTRIBUTES_MEMBER}.npy", "w") as stream:
+        with archive.open(ATTRIBUTES_MEMBER, "w") as stream:
             np.lib.format.write_array(stream, np.array(json.dumps(attributes)))
         for n_atoms, n_molecules in merger.sizes.items():
             for key, kind in merger.types[n_atoms].items():
@@ -533,8 +541,8 @@ def text_attributes(merger: Merger, line_breaks: bool) -> dict[str, str]:
     """Attributes as text, as a frame can hold them; a warning names those that it cannot."""
     arrays = {key for group in merger.types.values() for key in group}
     attributes = {}
-    for name, value in {**merger.attributes, **_ascii_units(merger.attributes)}.items():
-        text = attribute_text(value)
+    for name, value in merger.attributes.items():
+        text = ASCII_UNITS.get(name, attribute_text(value))
         try:
             check_name(name)
         except ValueError:
@@ -546,10 +554,6 @@ def text_attributes(merger: Merger, line_breaks: bool) -> dict[str, str]:
             continue
         attributes[name] = text
     return attributes
-
-
-def _ascii_units(attributes: Mapping[str, Any]) -> dict[str, str]:
-    return {UNIT_NAMES[q]: unit for q, unit in ASCII_UNITS.items() if UNIT_NAMES[q] in attributes}
 
 
 def _json_value(value: Any) -> Any:

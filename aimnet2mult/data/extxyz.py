@@ -9,7 +9,7 @@
     H 0 -0.763 -0.477 0 0.008 0.01
 
 Reading takes one frame at a time and leaves the values of the comment line as text: what they mean is decided where
-they are asked for (`aimnet2mult.data.convert`). Writing adds two entries that other programs ignore: the types of the
+they are asked for (`aimnet2mult.data.frames`). Writing adds two entries that other programs ignore: the types of the
 arrays (`ARRAYS_KEY`), since text does not tell 0.1 in single precision from 0.1 in double precision, and the names of
 those entries that describe the whole dataset (`ATTRIBUTES_KEY`).
 """
@@ -141,13 +141,14 @@ TRUTH = {"t": True, "true": True, "1": True, "f": False, "false": False, "0": Fa
 """Spellings of truth values, in small letters."""
 
 
-def _truth(word: str) -> bool:
+def truth(word: str) -> bool:
+    """Whether a word of `TRUTH` stands for true."""
     if word.lower() not in TRUTH:
         raise ValueError(f"{word!r} is neither T nor F")
     return TRUTH[word.lower()]
 
 
-_CONVERTERS: dict[str, Callable[[str], Any]] = {"R": float, "I": int, "L": _truth, "S": str}
+_CONVERTERS: dict[str, Callable[[str], Any]] = {"R": float, "I": int, "L": truth, "S": str}
 
 
 def _element(word: str) -> int:
@@ -265,7 +266,7 @@ def periodic_cell(info: dict[str, Any]) -> np.ndarray | None:
     A lattice without periodicity stays among the entries.
     """
     periodic = info.pop("pbc", "T" if "Lattice" in info else "F").replace(",", " ").split()
-    directions = [_truth(word) for word in (periodic * 3 if len(periodic) == 1 else periodic)]
+    directions = [truth(word) for word in (periodic * 3 if len(periodic) == 1 else periodic)]
     if not any(directions):
         return None
     vectors = reals(info.pop("Lattice", ""))
@@ -397,14 +398,20 @@ def write_frames(
                     )
                 comment += f" {key}={value}"
         if "cell" in arrays:
-            comment += f' Lattice="{_joined(arrays["cell"][row])}" pbc="T T T"'
+            comment += f' Lattice="{_as_words(arrays["cell"][row])}" pbc="T T T"'
         else:
             comment += ' pbc="F F F"'
-        line = "%s " + " ".join(" ".join([_format(column)] * column.shape[1]) for column in columns) + "\n"
+        line = "%s " + " ".join(" ".join([_number_format(column)] * column.shape[1]) for column in columns) + "\n"
         symbols = [ELEMENT_SYMBOLS[z] for z in numbers[row].tolist()]
         values = zip(symbols, *(words for column in columns for words in column.T.tolist()), strict=True)
         file.write(f"{n_atoms}\n{comment} {suffix}\n")
         file.write("".join([line % atom for atom in values]))
+
+
+def check_name(name: str) -> None:
+    """Refuse names of arrays and attributes that a comment line cannot hold."""
+    if not name or any(c.isspace() or c in "=:\"'\\{}[]," for c in name) or name in ("Properties", "Lattice", "pbc"):
+        raise ValueError(f"{name!r} cannot be the name of an array or attribute. Use letters, digits, _ and -.")
 
 
 def missing_rows(values: np.ndarray) -> np.ndarray:
@@ -416,13 +423,13 @@ def missing_rows(values: np.ndarray) -> np.ndarray:
     return np.zeros(len(values), bool)
 
 
-def _format(values: np.ndarray) -> str:
+def _number_format(values: np.ndarray) -> str:
     return DIGITS[values.dtype.itemsize] if values.dtype.kind == "f" else "%d"
 
 
-def _joined(values: np.ndarray) -> str:
+def _as_words(values: np.ndarray) -> str:
     flat = values.ravel()
-    return " ".join([_format(flat)] * flat.size) % tuple(flat.tolist())
+    return " ".join([_number_format(flat)] * flat.size) % tuple(flat.tolist())
 
 
 def _entry(key: str, value: Any) -> str:
@@ -432,7 +439,7 @@ def _entry(key: str, value: Any) -> str:
     array = np.asarray(value)
     if key == "stress":
         array = array.T  # column by column, as the format wants it of this key
-    text = " ".join("FT"[x] for x in array.ravel().tolist()) if array.dtype.kind == "b" else _joined(array)
+    text = " ".join("FT"[x] for x in array.ravel().tolist()) if array.dtype.kind == "b" else _as_words(array)
     return text if array.size == 1 else _quoted(text)
 
 

@@ -7,7 +7,7 @@ each file is read once.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from aimnet2mult.data.extxyz import (
     ArrayType,
     Frame,
     StructureError,
+    check_name,
     parse_arrays,
     reals,
+    truth,
 )
 from aimnet2mult.data.sgdataset import OPTIONAL_KEYS, REQUIRED_KEYS, UNIT_SUFFIX, expected_shape
 from aimnet2mult.nbops import BATCH_KEYS
@@ -280,12 +282,7 @@ class FrameReader:
         used = {ARRAYS_KEY, ATTRIBUTES_KEY}
         units = self._units(frame, used)
         self._collect_attributes(frame, used)
-        if not len(frame.numbers):
-            raise ValueError("has 0 atoms. Remove the structure.")
-        if not np.isfinite(frame.coord).all():
-            raise ValueError(f"position of atom {_first_bad(frame.coord)} is NaN or infinite. Remove the structure.")
-        if frame.numbers.min() < 1 or frame.numbers.max() > MAX_ATOMIC_NUMBER:
-            raise ValueError(f"atomic numbers must be 1 to {MAX_ATOMIC_NUMBER}. Remove ghost atoms.")
+        _check_atoms(frame)
         row: Row = {"coord": frame.coord, "numbers": frame.numbers.astype(np.int32)}
         if frame.cell is not None:
             row["cell"] = frame.cell
@@ -307,9 +304,7 @@ class FrameReader:
             if key in types:
                 row[key] = np.asarray(row[key], types[key].dtype)
         self._add_extras(frame, row, types, used)
-        for key, kind in types.items():  # arrays that hold nothing but NaN in this structure
-            if key not in row and key not in self.rules.drop and key != "cell" and kind.dtype.kind in "fO":
-                row[key] = _blank(kind if key not in LAYOUT_KEYS else kind._replace(trailing=_row_shape(key, frame)))
+        self._add_blanks(frame, row, types)
         self.left_out.update(name for name in (*frame.info, *frame.arrays) if name not in used)
         self.left_out_of_atoms.update(frame.arrays.keys() - used)
         return row
@@ -417,6 +412,12 @@ class FrameReader:
                 row[key] = str(value) if self.rules.extras[key] else _guessed(key, value)
         self._drop(row)
 
+    def _add_blanks(self, frame: Frame, row: Row, types: Mapping[str, ArrayType]) -> None:
+        """Add the arrays of its file that the frame does not state, since they are missing in this structure."""
+        for key, kind in types.items():
+            if key not in row and key not in self.rules.drop and key != "cell" and kind.dtype.kind in "fO":
+                row[key] = _blank(kind if key not in LAYOUT_KEYS else kind._replace(trailing=_row_shape(key, frame)))
+
     def _drop(self, row: Row) -> None:
         for key in self.rules.drop & row.keys():
             del row[key]
@@ -451,9 +452,15 @@ def _row_shape(key: str, frame: Frame) -> tuple[int, ...]:
     return expected_shape(key, 1, len(frame.numbers))[1:]
 
 
-def _first_bad(values: np.ndarray) -> int:
-    """Index of the first row that is not finite."""
-    return int(np.argmin(np.isfinite(values).all(axis=1)))
+def _check_atoms(frame: Frame) -> None:
+    """Refuse structures without atoms, without finite positions, or with atoms that are no elements."""
+    if not len(frame.numbers):
+        raise ValueError("has 0 atoms. Remove the structure.")
+    finite = np.isfinite(frame.coord).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"position of atom {int(np.argmin(finite))} is NaN or infinite. Remove the structure.")
+    if frame.numbers.min() < 1 or frame.numbers.max() > MAX_ATOMIC_NUMBER:
+        raise ValueError(f"atomic numbers must be 1 to {MAX_ATOMIC_NUMBER}. Remove ghost atoms.")
 
 
 def _real(found: tuple[str, Any], shape: tuple[int, ...] | None) -> np.ndarray:
@@ -490,7 +497,7 @@ def _per_molecule(found: tuple[str, Any], frame: Frame) -> np.ndarray:
         if not np.isfinite(total):
             raise ValueError(f"{name} is {total}")
         return total
-    total = np.asarray(value, np.float64).sum(keepdims=True)[0]
+    total = np.asarray(value, np.float64).sum()
     if not abs(total - np.rint(total)) <= WHOLE_CHARGE:
         raise ValueError(f"{name} sums to {total:g}, expected a whole number")
     return np.asarray(np.rint(total))
@@ -500,17 +507,13 @@ def _typed(key: str, value: Any, kind: ArrayType) -> Any:
     """A further value whose type is known."""
     if kind.is_text:
         return str(value)
-    if isinstance(value, str):
-        words = value.split()
-        value = [word == "T" for word in words] if kind.dtype.kind == "b" else _exact(words, kind.dtype)
+    convert: Callable[[str], Any] = {"b": truth, "i": int, "u": int}.get(kind.dtype.kind, float)
     try:
+        if isinstance(value, str):
+            value = [convert(word) for word in value.split()]
         return np.asarray(value).astype(kind.dtype).reshape(kind.trailing)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key} should hold {kind.dtype} {kind.trailing}, found {str(value)[:60]!r}") from error
-
-
-def _exact(words: Sequence[str], dtype: np.dtype[Any]) -> list[Any]:
-    return [int(word) for word in words] if dtype.kind in "iu" else [float(word) for word in words]
 
 
 def _guessed(key: str, value: Any) -> Any:
@@ -539,12 +542,6 @@ def _guessed(key: str, value: Any) -> Any:
 
 def _blank(kind: ArrayType) -> Any:
     return "" if kind.is_text else np.full(kind.trailing, np.nan, kind.dtype)
-
-
-def check_name(name: str) -> None:
-    """Refuse names of arrays and attributes that a line of text cannot hold."""
-    if not name or any(c.isspace() or c in "=:\"'\\{}[]," for c in name) or name in ("Properties", "Lattice", "pbc"):
-        raise ValueError(f"{name!r} cannot be the name of an array or attribute. Use letters, digits, _ and -.")
 
 
 # --------------------------------------------------------------------------------------------------

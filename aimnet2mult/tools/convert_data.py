@@ -398,7 +398,7 @@ def _open_parts(files: Sequence[Path], reader: FrameReader, folder: Path) -> lis
             continue
         paths = list(group)
         name = str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        of_frames.append(spool_frames(_with_progress(paths), reader, folder / f"{len(parts)}.h5", name))
+        of_frames.append(spool_frames(_all_frames(paths), reader, folder / f"{len(parts)}.h5", name))
         parts.append(of_frames[-1])
     reader.check_found()
     for key in rules.drop:
@@ -409,7 +409,8 @@ def _open_parts(files: Sequence[Path], reader: FrameReader, folder: Path) -> lis
     return parts
 
 
-def _with_progress(paths: Iterable[Path]) -> Iterator[Frame]:
+def _all_frames(paths: Iterable[Path]) -> Iterator[Frame]:
+    """Yield the structures of all files, and show how many have been read."""
     from tqdm import tqdm
 
     with tqdm(desc="reading", unit="structure", disable=None) as bar:
