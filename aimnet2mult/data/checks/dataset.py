@@ -70,8 +70,8 @@ class Examined:
         Facts.
     atoms, molecules : numpy.ndarray
         (`MAX_ATOMIC_NUMBER` + 1,) int64, atoms of each element and molecules that hold it.
-    examples : dict of int to list of int
-        Atomic number -> the first molecules that hold it.
+    examples : dict of int to int
+        Atomic number -> the first molecule that holds it.
     dtypes : dict of str to set of numpy.dtype
         Types of each array.
     largest_energy : float
@@ -93,7 +93,7 @@ class Examined:
         self.summary.sizes = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
         self.atoms = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
         self.molecules = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
-        self.examples: dict[int, list[int]] = {}
+        self.examples: dict[int, int] = {}
         self.largest_energy = 0.0
         self.dtypes: dict[str, set[np.dtype[Any]]] = {}
         self._stride = max(1, len(source) // SAMPLE_MOLECULES)
@@ -138,8 +138,7 @@ class Examined:
         for z in np.flatnonzero(np.bincount(numbers.ravel())).tolist():
             holds = (numbers == z).any(axis=1)
             self.molecules[z] += int(holds.sum())
-            examples = self.examples.setdefault(z, [])
-            examples += sound.indices[holds][: self.limits.max_examples - len(examples)].tolist()
+            self.examples.setdefault(z, int(sound.indices[holds][0]))
             if self._sampled[z] < PER_ELEMENT:
                 chosen[np.flatnonzero(holds)[: PER_ELEMENT - self._sampled[z]]] = True
             self._sampled[z] += int((holds & chosen).sum())

@@ -252,7 +252,7 @@ def check_elements(examined: Sequence[Examined]) -> Iterator[Finding]:
                 "warning",
                 f"{element_names(unknown)} only in the validation data, so that nothing can be learnt about it.",
                 count=sum(int(data.molecules[z]) for z in unknown),
-                examples=[data.examples[z][0] for z in unknown],
+                examples=[data.examples[z] for z in unknown],
             )
 
 
@@ -266,5 +266,5 @@ def _rare_elements(data: Examined) -> Iterator[Finding]:
             "rare_element",
             "note",
             f"elements in fewer than {limit} molecules: {listed}. Do not expect them to be learnt from this dataset.",
-            examples=sorted({data.examples[z][0] for z in rare})[: data.limits.max_examples],
+            examples=sorted({data.examples[z] for z in rare})[: data.limits.max_examples],
         )

@@ -270,13 +270,10 @@ class Report:
         blocks = [summary.text(name) for name, summary in self.summaries.items()]
         for finding in self.findings:
             text = f"{finding.severity.upper()}  {finding.fidelity}: {finding.message} [{finding.kind}]"
-            blocks.append("\n".join([_wrapped(text), *_listed_places(finding)]))
+            places = f"\n{_wrapped(f'  {places_text(finding.places, finding.count)}')}" if finding.places else ""
+            blocks.append(_wrapped(text) + places)
         blocks.append(", ".join(counted(self.count(severity), severity) for severity in SEVERITIES))
         return "\n\n".join(blocks)
-
-
-def _listed_places(finding: Finding) -> list[str]:
-    return [_wrapped(f"  {places_text(finding.places, finding.count)}")] if finding.places else []
 
 
 def _wrapped(text: str) -> str:

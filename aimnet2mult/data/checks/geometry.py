@@ -88,12 +88,16 @@ def molecule_keys(numbers: np.ndarray, charge: np.ndarray, mult: np.ndarray) -> 
     numpy.ndarray
         (k,) uint64.
     """
-    known = np.where((numbers >= 0) & (numbers <= MAX_ATOMIC_NUMBER), numbers, 0)
-    keys = _ELEMENT_HASH[known].sum(axis=1, dtype=np.uint64)
+    keys = _ELEMENT_HASH[_known(numbers)].sum(axis=1, dtype=np.uint64)
     for values in (charge, mult):
         thousandths = np.rint(1e3 * np.clip(np.nan_to_num(np.asarray(values, np.float64)), -1e6, 1e6))
         keys = _mixed(keys ^ thousandths.astype(np.int64).astype(np.uint64))
     return keys
+
+
+def _known(numbers: np.ndarray) -> np.ndarray:
+    """Atomic numbers, 0 for what is none."""
+    return np.where((numbers >= 0) & (numbers <= MAX_ATOMIC_NUMBER), numbers, 0)
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
@@ -124,8 +128,7 @@ def geometry_averages(numbers: np.ndarray, distances: np.ndarray) -> np.ndarray:
     if not len(distances):
         return averages
     i, j = np.triu_indices(numbers.shape[1], 1)
-    known = np.where((numbers >= 0) & (numbers <= MAX_ATOMIC_NUMBER), numbers, 0).T
-    w, v = _ELEMENT_WEIGHT[:, known]  # (N, k) each
+    w, v = _ELEMENT_WEIGHT[:, _known(numbers).T]  # (N, k) each
     averages[:, 0] = distances.mean(axis=0)
     averages[:, 1] = (w[i] * w[j] * distances).mean(axis=0)
     averages[:, 2] = (v[i] * v[j] / (1.0 + distances)).mean(axis=0)
@@ -204,6 +207,14 @@ def distance_mismatch(
     return np.where(same, mismatch, np.inf)
 
 
+def _sorted_distances(numbers: np.ndarray, coord: np.ndarray) -> np.ndarray:
+    """Distances (P, k) float64 sorted within each type of atom pair, the types `SEPARATE_TYPES` apart, Å."""
+    i, j = np.triu_indices(numbers.shape[1], 1)
+    low, high = np.minimum(numbers[:, i], numbers[:, j]), np.maximum(numbers[:, i], numbers[:, j])
+    types = (low.astype(np.float64) * (MAX_ATOMIC_NUMBER + 1) + high).T
+    return np.sort(pair_distances(coord) + SEPARATE_TYPES * types, axis=0)
+
+
 def may_be_equal(
     numbers_a: np.ndarray, coord_a: np.ndarray, numbers_b: np.ndarray, coord_b: np.ndarray, tolerance: float
 ) -> np.ndarray:
@@ -225,9 +236,8 @@ def may_be_equal(
         (k,) bool.
     """
     delta = tolerance + 1e-5  # coordinates are in single precision
-    (sorted_a, largest_a), (sorted_b, largest_b) = (
-        _sorted_squared_radii(*side) for side in ((numbers_a, coord_a), (numbers_b, coord_b))
-    )
+    sorted_a, largest_a = _sorted_squared_radii(numbers_a, coord_a)
+    sorted_b, largest_b = _sorted_squared_radii(numbers_b, coord_b)
     bound = 6.0 * delta * np.sqrt(np.maximum(largest_a, largest_b)) + 1.5 * delta**2
     return np.asarray(np.abs(sorted_a - sorted_b).max(axis=1) <= bound)
 
@@ -249,14 +259,6 @@ def cell_mismatch(cell_a: np.ndarray, cell_b: np.ndarray) -> np.ndarray:
     """
     lengths_a, lengths_b = (np.linalg.norm(_LATTICE_SUMS @ cell, axis=2) for cell in (cell_a, cell_b))
     return np.asarray(np.abs(lengths_a - lengths_b).max(axis=1))
-
-
-def _sorted_distances(numbers: np.ndarray, coord: np.ndarray) -> np.ndarray:
-    """Distances (P, k) float64 sorted within each type of atom pair, the types `SEPARATE_TYPES` apart, Å."""
-    i, j = np.triu_indices(numbers.shape[1], 1)
-    low, high = np.minimum(numbers[:, i], numbers[:, j]), np.maximum(numbers[:, i], numbers[:, j])
-    types = (low.astype(np.float64) * (MAX_ATOMIC_NUMBER + 1) + high).T
-    return np.sort(pair_distances(coord) + SEPARATE_TYPES * types, axis=0)
 
 
 def largest_gap(coord: np.ndarray) -> np.ndarray:

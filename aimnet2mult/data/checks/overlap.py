@@ -62,8 +62,7 @@ class Overlap:
             if not inside.any():
                 continue
             purpose = "validation" if part.only_validates else "training"
-            later, pair = np.unique(self.pairs.indices[inside, 1], return_index=True)
-            first = self.places(self.pairs.indices[inside, 0][pair])[0]
+            later, first = self._later(inside)
             share = len(later) / len(part.source)
             yield Finding(
                 "duplicates",
@@ -78,19 +77,22 @@ class Overlap:
             change = np.abs(self.pairs.energy_change)
             differ = inside & (change > SAME_ENERGY + STEEPEST * self.pairs.mismatch)
             if differ.any():
-                later, pair = np.unique(self.pairs.indices[differ, 1], return_index=True)
-                first = self.places(self.pairs.indices[differ, 0][pair])[0]
+                later, first = self._later(differ)
                 yield Finding(
                     "contradictory_duplicates",
                     "warning",
                     part.name,
                     f"{self.at_least}{counted(len(later), 'molecule')} with the geometry, charge and multiplicity of "
                     f"another one, but another energy (by up to {change[differ].max():.3g} eV; the first against "
-                    f"{first}). One of the two is another electronic state or "
-                    "level of theory; keep one.",
+                    f"{first}). One of the two is another electronic state or level of theory; keep one.",
                     len(later),
                     self.places(later),
                 )
+
+    def _later(self, chosen: np.ndarray) -> tuple[np.ndarray, Place]:
+        """The later molecules of some pairs, and where the one lies that the first of them repeats."""
+        later, pair = np.unique(self.pairs.indices[chosen, 1], return_index=True)
+        return later, self.places(self.pairs.indices[chosen, 0][pair[:1]])[0]
 
     def shared(self) -> Iterator[Finding]:
         """Geometries that several fidelities have."""

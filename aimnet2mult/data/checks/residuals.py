@@ -215,8 +215,7 @@ def _least_absolute_residuals(rows: Rows) -> np.ndarray:
 
 def _sae_table(sae: Mapping[int, float]) -> np.ndarray:
     table = np.full(MAX_ATOMIC_NUMBER + 1, np.nan)
-    for z, energy in sae.items():
-        table[z] = energy
+    table[list(sae)] = list(sae.values())
     return table
 
 

@@ -210,9 +210,9 @@ SUM_IS_WRONG = 0.5
 """e; sums of charges that are off by more belong to another molecule or another quantity."""
 
 
-def _sum_off(key: str, total: str, badly: bool) -> Callable[[Molecules, Thresholds], Marked]:
+def _sum_off(key: str, badly: bool) -> Callable[[Molecules, Thresholds], Marked]:
     def mark(m: Molecules, limits: Thresholds) -> Marked:
-        expected = np.asarray(m["charge"], np.float64) if total == "charge" else m.mult - 1.0
+        expected = np.asarray(m["charge"], np.float64) if key == "charges" else m.mult - 1.0
         sums = m[key].sum(axis=1, dtype=np.float64)
         off = np.abs(sums - expected)
         if key == "spin_charges":  # beta minus alpha is no less right
@@ -225,6 +225,9 @@ def _sum_off(key: str, total: str, badly: bool) -> Callable[[Molecules, Threshol
 
 NET_SHARE = 0.02
 """Share of the sum of the forces' sizes that their sum may reach by noise."""
+
+TORQUE_SHARE = 0.05
+"""The same for torques."""
 
 
 def _net_force(m: Molecules, limits: Thresholds) -> Marked:
@@ -242,7 +245,7 @@ def _torque(m: Molecules, limits: Thresholds) -> Marked:
     sizes = (np.linalg.norm(lever, axis=2) * np.linalg.norm(forces, axis=2)).sum(axis=1)
     radius = np.sqrt((lever**2).sum(axis=(1, 2)) / m.n_atoms)
     # A lever of 1 Å at least, so that diatomics are judged like the others.
-    return ~m.periodic & (net > limits.net_force * np.maximum(radius, 1.0)) & (net > 0.05 * sizes), net
+    return ~m.periodic & (net > limits.net_force * np.maximum(radius, 1.0)) & (net > TORQUE_SHARE * sizes), net
 
 
 ESSENTIAL_CHECKS = (
@@ -374,7 +377,7 @@ ROW_CHECKS = (
         "charges_sum",
         "error",
         ("charges", "charge"),
-        _sum_off("charges", "charge", True),
+        _sum_off("charges", badly=True),
         "{molecules} whose atomic charges do not sum to the charge (off by up to {worst:.3g} e). The charges are of "
         "another molecule or state, or charge is wrong; a model that conserves charge cannot learn them.",
     ),
@@ -382,7 +385,7 @@ ROW_CHECKS = (
         "charges_sum_rounded",
         "warning",
         ("charges", "charge"),
-        _sum_off("charges", "charge", False),
+        _sum_off("charges", badly=False),
         "{molecules} whose atomic charges miss the total charge by more than {charge_sum} e (up to {worst:.3g} e). "
         "Rounded or unnormalised charges; rescale them or take another population analysis.",
     ),
@@ -390,7 +393,7 @@ ROW_CHECKS = (
         "spin_charges_sum",
         "error",
         ("spin_charges", "mult"),
-        _sum_off("spin_charges", "spin", True),
+        _sum_off("spin_charges", badly=True),
         "{molecules} whose spin_charges do not sum to mult - 1 (off by up to {worst:.3g} e). mult is wrong, or these "
         "are the spins of another state.",
     ),
@@ -398,7 +401,7 @@ ROW_CHECKS = (
         "spin_charges_sum_rounded",
         "warning",
         ("spin_charges", "mult"),
-        _sum_off("spin_charges", "spin", False),
+        _sum_off("spin_charges", badly=False),
         "{molecules} whose spin_charges miss mult - 1 by more than {charge_sum} e (up to {worst:.3g} e). Rounded or "
         "unnormalised spin populations.",
     ),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aimnet2mult.constants import MAX_ATOMIC_NUMBER
+from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.utils.units import ENERGY_UNITS, FORCE_UNITS, HARTREE_EV, LENGTH_UNITS
 
 # --------------------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ from aimnet2mult.utils.units import ENERGY_UNITS, FORCE_UNITS, HARTREE_EV, LENGT
 BOND_RANGES = {1: (0.65, 1.55), 6: (0.95, 1.75)}
 """Where the median distance to the nearest atom lies, Å: of hydrogen (H-H 0.74 ... H-Si 1.48), of carbon."""
 
-COVALENT = np.isin(np.arange(MAX_ATOMIC_NUMBER + 1), (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53))
+COVALENT = np.isin(ELEMENT_SYMBOLS, ("H", "B", "C", "N", "O", "F", "Si", "P", "S", "Cl", "Br", "I"))
 """(`MAX_ATOMIC_NUMBER` + 1,) bool, elements that H and C have such bonds with (metals: longer ones)."""
 
 MIN_ATOMS = 20
@@ -93,11 +93,7 @@ def _all_electron() -> np.ndarray:
 
 
 def _table(**energies: float) -> np.ndarray:
-    symbols = {"H": 1, "B": 5, "C": 6, "N": 7, "O": 8, "F": 9, "Si": 14, "P": 15, "S": 16, "Cl": 17, "Br": 35, "I": 53}
-    table = np.full(MAX_ATOMIC_NUMBER + 1, np.nan)
-    for symbol, energy in energies.items():
-        table[symbols[symbol]] = energy
-    return table
+    return np.array([energies.get(symbol, np.nan) for symbol in ELEMENT_SYMBOLS])
 
 
 REFERENCES = (
@@ -310,9 +306,10 @@ def units_of_ratio(slope: float, length: str, energy: str | None) -> list[tuple[
     for unit in [energy] if energy is not None else DATA_ENERGY_UNITS:
         for force, factor in FORCE_UNITS.items():
             expected = factor * LENGTH_UNITS[length] / ENERGY_UNITS[unit]
-            per = force.rpartition("/")
-            if per[0] in DATA_ENERGY_UNITS and per[2] != "pm" and abs(np.log(abs(slope) / expected)) < SLOPE_TOLERANCE:
+            of_energy, _, of_length = force.rpartition("/")
+            usual = of_energy in DATA_ENERGY_UNITS and of_length != "pm"
+            if usual and abs(np.log(abs(slope) / expected)) < SLOPE_TOLERANCE:
                 found.append((unit, force))
-    usual = ("eV/Å", "Hartree/Bohr", "kcal/mol/Å", "kJ/mol/nm", "kJ/mol/Å")
-    found.sort(key=lambda pair: usual.index(pair[1]) if pair[1] in usual else len(usual))
+    likely = ("eV/Å", "Hartree/Bohr", "kcal/mol/Å", "kJ/mol/nm", "kJ/mol/Å")
+    found.sort(key=lambda pair: likely.index(pair[1]) if pair[1] in likely else len(likely))
     return found[:2]
