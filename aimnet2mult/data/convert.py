@@ -1,8 +1,11 @@
-"""Between dataset files and other files: what `aimnet2mult.tools.convert_data` does, without ASE.
+"""From inputs to one output, as arrays: the middle of `aimnet2mult.tools.convert_data`, without ASE.
 
 Every input becomes arrays on disk first (`Part`): HDF5 files as they are, NPZ files and structures through a temporary
-HDF5 file. `Merger` joins the parts and hands out the groups piece by piece, and a writer for each format stores them.
-Rows of a group keep the order of the inputs.
+HDF5 file. `Merger` joins the parts and hands out the groups piece by piece, and a writer for each format stores them
+under a temporary name first. Rows of a group keep the order of the inputs.
+
+What a structure's values mean is left to `aimnet2mult.data.frames`, their text to `aimnet2mult.data.extxyz`, ASE
+databases and the choice of reader and writer to the command line.
 """
 
 import contextlib

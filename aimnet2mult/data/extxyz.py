@@ -8,10 +8,11 @@
     H 0 0.763 -0.477 0 -0.008 0.01
     H 0 -0.763 -0.477 0 0.008 0.01
 
-Reading takes one frame at a time and leaves the values of the comment line as text: what they mean is decided where
-they are asked for (`aimnet2mult.data.frames`). Writing adds two entries that other programs ignore: the types of the
-arrays (`ARRAYS_KEY`), since text does not tell 0.1 in single precision from 0.1 in double precision, and the names of
-those entries that describe the whole dataset (`ATTRIBUTES_KEY`).
+Reading takes one frame at a time and leaves the values of the comment line as text: `aimnet2mult.data.frames` decides
+what they mean. Writing takes arrays as `aimnet2mult.data.convert` hands them out and adds two entries that other
+programs ignore: the types of the arrays (`ARRAYS_KEY`), since text does not tell 0.1 in single precision from 0.1 in
+double precision, and the names of those entries that describe the whole dataset (`ATTRIBUTES_KEY`). ASE databases carry
+both, too.
 """
 
 import json

@@ -1,8 +1,10 @@
 """From structures, as text or as ASE has them, to arrays: which value is which label, and in what unit.
 
-`FrameReader` finds the labels of a `Frame` and turns them into a row in the units of the package. `Spool` collects
-rows into a temporary HDF5 file with a group per number of atoms, so that memory does not grow with their number and
-each file is read once.
+`FrameReader` finds the labels of a `Frame` and turns them into a row in the units of the package, as `FrameRules` (the
+options of the command line) say. `Spool` collects rows into a temporary HDF5 file with a group per number of atoms, so
+that memory does not grow with their number and each file is read once. The rules about units and multiplicities that
+hold for arrays, too, stand at the top. Files are read elsewhere (`aimnet2mult.data.extxyz` and
+`aimnet2mult.tools.convert_data`), and the temporary files joined and written in `aimnet2mult.data.convert`.
 """
 
 import math
@@ -507,7 +509,8 @@ def _typed(key: str, value: Any, kind: ArrayType) -> Any:
     """A further value whose type is known."""
     if kind.is_text:
         return str(value)
-    convert: Callable[[str], Any] = {"b": truth, "i": int, "u": int}.get(kind.dtype.kind, float)
+    converters: dict[str, Callable[[str], Any]] = {"b": truth, "i": int, "u": int}
+    convert = converters.get(kind.dtype.kind, float)
     try:
         if isinstance(value, str):
             value = [convert(word) for word in value.split()]
@@ -586,17 +589,18 @@ class Spool:
         self._buffered_atoms = 0
 
     def _append(self, group: h5py.Group, n_atoms: int, key: str, rows: Sequence[tuple[str, Row]]) -> None:
-        count, present = self._counts[n_atoms], [(where, row[key]) for where, row in rows if key in row]
+        """Append one array of the rows; what they or the rows before lack becomes NaN or empty text."""
+        count = self._counts[n_atoms]
+        present = [(where, row[key]) for where, row in rows if key in row]
         if key not in group and count:
             self._lacking.setdefault((n_atoms, key), self._first[n_atoms])
         if len(present) < len(rows):
             self._lacking.setdefault((n_atoms, key), next(where for where, row in rows if key not in row))
-        if present:
-            kind = self._kind(key, present)
-            known = key in group
-            dataset = self._widened(group, key, kind, present[0][0]) if known else _growing(group, key, count, kind)
-        else:
-            dataset = group[key]
+        if key not in group:
+            _growing(group, key, count, self._kind(key, present))
+        elif present:
+            self._widen(group, key, self._kind(key, present), present[0][0])
+        dataset = group[key]
         kind = array_type(dataset)
         if (n_atoms, key) in self._lacking and (kind.dtype.kind not in "fO" or key == "cell"):
             has = present[0][0] if present else self._first[n_atoms]
@@ -637,8 +641,8 @@ class Spool:
         return ArrayType(np.result_type(*{value.dtype for _, value in present}), shape)
 
     @staticmethod
-    def _widened(group: h5py.Group, key: str, kind: ArrayType, where: str) -> h5py.Dataset:
-        """The array of a group, made anew if its type cannot hold what comes."""
+    def _widen(group: h5py.Group, key: str, kind: ArrayType, where: str) -> None:
+        """Make the array of a group anew if its type cannot hold what comes; refuse what no type holds."""
         dataset = group[key]
         known = array_type(dataset)
         if known.is_text != kind.is_text:
@@ -650,13 +654,12 @@ class Spool:
             )
         wide = np.result_type(known.dtype, kind.dtype)
         if wide == known.dtype:
-            return dataset
+            return
         group.move(key, f"{key}_narrow")
         widened = _growing(group, key, len(dataset), ArrayType(wide, known.trailing))
         for first in range(0, len(dataset), dataset.chunks[0]):
             widened[first : first + dataset.chunks[0]] = dataset[first : first + dataset.chunks[0]]
         del group[f"{key}_narrow"]
-        return widened
 
     def finish(self) -> None:
         """Write what is left, and an energy of NaN where no structure of a group has one."""
