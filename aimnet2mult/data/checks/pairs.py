@@ -37,7 +37,6 @@ ATOMS_PER_READ = 2**18
 DISPLACEMENTS = (1e-3, 0.15)
 """Å; root mean square displacement per atom of a pair of close geometries. Below, energies change too little."""
 
-
 SAME_CELL = 1e-4
 """Å; cells that differ by more do work, too, which forces do not tell."""
 
@@ -76,29 +75,33 @@ def close_pairs(
     order = evenly(geometry.sorting(prints), FORCE_CANDIDATES, FORCE_BLOCK)
     pairs = np.concatenate([NO_PAIRS, *geometry.neighbour_pairs(prints, order, FORCE_WINDOW, FORCE_NEIGHBOURS)])
     pairs = evenly(pairs if indices is None else indices[pairs], limit)
-    found, compared = [np.zeros((0, 4))], [NO_PAIRS]
+    found = [(NO_PAIRS, *[np.zeros(0)] * 4)]
     for block in _blocks_of_one_size(pairs, source.n_atoms[pairs[:, 0]]):
         a, b = (_gather([source], np.array([0]), block[:, side], ("forces",)) for side in (0, 1))
-        same = (a["numbers"] == b["numbers"]).all(axis=1)
-        same &= np.isfinite(a["forces"]).all(axis=(1, 2)) & np.isfinite(b["forces"]).all(axis=(1, 2))
-        same &= np.isfinite(a["energy"]) & np.isfinite(b["energy"])
-        same &= geometry.cell_mismatch(a["cell"], b["cell"]) < SAME_CELL
-        if not same.any():
-            continue
-        a, b = _rows(a, same), _rows(b, same)
-        compared.append(block[same])
-        moved, rotations = geometry.superpose(a["coord"], b["coord"], np.abs(a["cell"]).max(axis=(1, 2)) > 0.0)
-        step = b["coord"] - moved
-        forces = a["forces"] @ rotations
-        size = np.sqrt((step**2).sum(axis=(1, 2)))
-        work = -0.5 * ((forces + b["forces"]) * step).sum(axis=(1, 2))
-        change = np.sqrt(((b["forces"] - forces) ** 2).sum(axis=(1, 2)))
-        stiffness = change / np.maximum(size, 1e-12)
-        found.append(np.stack([size / np.sqrt(step.shape[1]), work, b["energy"] - a["energy"], stiffness], axis=1))
-    rows = np.concatenate(found)
-    chosen = np.flatnonzero((rows[:, 0] > DISPLACEMENTS[0]) & (rows[:, 0] < DISPLACEMENTS[1]))
-    chosen = chosen[np.argsort(rows[chosen, 0], kind="stable")[:FORCE_PAIRS]]
-    return ClosePairs(np.concatenate(compared)[chosen], *rows[chosen, 1:].T)
+        comparable = (a["numbers"] == b["numbers"]).all(axis=1)
+        comparable &= np.isfinite(a["forces"]).all(axis=(1, 2)) & np.isfinite(b["forces"]).all(axis=(1, 2))
+        comparable &= np.isfinite(a["energy"]) & np.isfinite(b["energy"])
+        comparable &= geometry.cell_mismatch(a["cell"], b["cell"]) < SAME_CELL
+        if comparable.any():
+            found.append((block[comparable], *_steps(_rows(a, comparable), _rows(b, comparable))))
+    compared, displacement, *values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    chosen = np.flatnonzero((displacement > DISPLACEMENTS[0]) & (displacement < DISPLACEMENTS[1]))
+    chosen = chosen[np.argsort(displacement[chosen], kind="stable")[:FORCE_PAIRS]]
+    return ClosePairs(compared[chosen], *(array[chosen] for array in values))
+
+
+def _steps(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """From geometries ``a`` to ``b``: displacement per atom (Å), work, energy change (eV), stiffness (eV/Å²)."""
+    moved, rotations = geometry.superpose(a["coord"], b["coord"], np.abs(a["cell"]).max(axis=(1, 2)) > 0.0)
+    step = b["coord"] - moved
+    forces = a["forces"] @ rotations
+    size = np.sqrt((step**2).sum(axis=(1, 2)))
+    work = -0.5 * ((forces + b["forces"]) * step).sum(axis=(1, 2))
+    change = np.sqrt(((b["forces"] - forces) ** 2).sum(axis=(1, 2)))
+    stiffness = change / np.maximum(size, 1e-12)
+    return size / np.sqrt(step.shape[1]), work, b["energy"] - a["energy"], stiffness
 
 
 def evenly(items: np.ndarray, limit: int, block: int = 1) -> np.ndarray:
@@ -232,12 +235,8 @@ def equal_geometries(
         Its ``duplicate`` says what the same is.
     """
     candidates, complete = _candidates(prints, limits.duplicate)
-    n_atoms = np.zeros(len(candidates), np.int64)
-    owners = owners_of(starts, candidates[:, 0])
-    for owner in np.unique(owners).tolist():
-        own = owners == owner
-        n_atoms[own] = sources[owner].n_atoms[candidates[own, 0] - starts[owner]]
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    n_atoms = np.concatenate([source.n_atoms for source in sources])[candidates[:, 0]]
+    found = [(NO_PAIRS, np.zeros(0), np.zeros(0))]
     for block in _blocks_of_one_size(candidates, n_atoms):
         a, b = (_gather(sources, starts, block[:, side]) for side in (0, 1))
         likely = geometry.may_be_equal(a["numbers"], a["coord"], b["numbers"], b["coord"], limits.duplicate)
@@ -247,8 +246,6 @@ def equal_geometries(
         share = DIATOMIC_SHARE if a["numbers"].shape[1] <= 2 else 1.0
         same = mismatch <= share * limits.duplicate
         found.append((block[same], mismatch[same], (b["energy"] - a["energy"])[same]))
-    if not found:
-        return EqualPairs(NO_PAIRS, np.zeros(0), np.zeros(0), complete)
     indices, mismatch, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((indices[:, 1], indices[:, 0]))
     return EqualPairs(indices[order], mismatch[order], change[order], complete)

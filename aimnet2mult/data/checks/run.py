@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -46,7 +46,7 @@ def make_parts(
     parts = []
     for name, source in sources.items():
         validates = np.zeros(len(source), bool)
-        validates[(held_out or {}).get(name, np.zeros(0, np.int64))] = True
+        validates[(held_out or {}).get(name, [])] = True
         parts.append(Part(name, source, validates))
     parts += [Part(name, source, np.ones(len(source), bool)) for name, source in (validation or {}).items()]
     return parts
@@ -95,7 +95,7 @@ def check(
             progress.set_description(part.name)
             try:
                 data.read(own, progress)
-                findings += _with_files(part.source, (f for function in FIDELITY_CHECKS for f in function(data)))
+                findings += _findings(data, FIDELITY_CHECKS)
             except DatasetError as error:
                 findings.append(unreadable(part.name, error))
                 own.averages[:] = np.nan  # the next dataset takes the place
@@ -151,8 +151,7 @@ def quick_checks(
         prints.append(sound.fingerprints)
     indices = np.concatenate([molecules.indices for molecules in kept])
     data.compare_forces(Fingerprints(*map(np.concatenate, zip(*prints, strict=True))), indices, QUICK_PAIRS)
-    findings = [finding for function in QUICK_CHECKS for finding in function(data)]
-    return _worst_first(_with_files(source, [*findings, *check_outliers(data, kept)]))
+    return _worst_first([*_findings(data, QUICK_CHECKS), *check_outliers(data, kept)])
 
 
 @QUIETLY
@@ -209,10 +208,11 @@ def unreadable(name: str, error: DatasetError) -> Finding:
     return Finding("unreadable", "error", name, match["rest"], None, (place,))
 
 
-def _with_files(source: MoleculeSource, findings: Iterable[Finding]) -> list[Finding]:
-    """Findings about a dataset as a whole with its files as their places."""
-    files = tuple(Place(str(file)) for file in source.files)
-    return [finding if finding.places else replace(finding, places=files) for finding in findings]
+def _findings(data: Examined, checks: Iterable[Callable[[Examined], Iterable[Finding]]]) -> list[Finding]:
+    """What some checks find; findings about the dataset as a whole have its files as their places."""
+    files = tuple(Place(str(file)) for file in data.source.files)
+    found = [finding for function in checks for finding in function(data)]
+    return [finding if finding.places else replace(finding, places=files) for finding in found]
 
 
 def _empty_prints(n: int) -> Fingerprints:
