@@ -375,38 +375,47 @@ def write_frames(
         Text with a line break, which a frame cannot hold.
     """
     numbers, n_atoms = arrays["numbers"], arrays["numbers"].shape[1]
-    suffix = f"{ARRAYS_KEY}={_quoted(describe_arrays(types))}"
+    of_atoms = ["coord", *(key for key in atom_keys if key in arrays and key not in ("coord", "numbers"))]
+    of_frames = [key for key in arrays if key not in ("coord", "numbers", "cell", *atom_keys)]
+    for key in of_frames:
+        if arrays[key].dtype.kind == "O":
+            _check_lines(key, arrays[key].tolist(), where, first)
+    about = [f"{ARRAYS_KEY}={_quoted(describe_arrays(types))}"]
     if attributes:
-        suffix += f" {ATTRIBUTES_KEY}={_quoted(' '.join(attributes))}"
-        suffix += "".join(f" {name}={_quoted(value)}" for name, value in attributes.items())
-    per_frame = [key for key in arrays if key not in ("coord", "numbers", "cell", *atom_keys)]
-    columns_of_labels = [key for key in atom_keys if key in arrays and key not in ("coord", "numbers")]
+        about.append(f"{ATTRIBUTES_KEY}={_quoted(' '.join(attributes))}")
+        about += [f"{name}={_quoted(value)}" for name, value in attributes.items()]
     missing = {key: missing_rows(values) for key, values in arrays.items()}
     for row in range(len(numbers)):
-        keys = [key for key in columns_of_labels if not missing[key][row]]
-        columns = [arrays[key][row].reshape(n_atoms, -1) for key in ("coord", *keys)]
-        properties = STANDARD_COLUMNS
-        for key, column in zip(keys, columns[1:], strict=True):
-            properties += f":{key}:{'R' if column.dtype.kind == 'f' else 'I'}:{column.shape[1]}"
-        comment = f"Properties={properties}"
-        for key in per_frame:
-            if not missing[key][row]:
-                value = _entry(key, arrays[key][row])
-                if "\n" in value or "\r" in value:
-                    raise StructureError(
-                        f"{where}: row {first + row}: {key} has a line break, which extxyz cannot hold. Write .npz or "
-                        f".db, or leave it out: --drop {key}"
-                    )
-                comment += f" {key}={value}"
-        if "cell" in arrays:
-            comment += f' Lattice="{_as_words(arrays["cell"][row])}" pbc="T T T"'
-        else:
-            comment += ' pbc="F F F"'
-        line = "%s " + " ".join(" ".join([_number_format(column)] * column.shape[1]) for column in columns) + "\n"
+        present = {key: values[row] for key, values in arrays.items() if not missing[key][row]}
+        columns = {key: present[key].reshape(n_atoms, -1) for key in of_atoms if key in present}
+        entries = [f"Properties={_properties(columns)}"]
+        entries += [f"{key}={_entry(key, present[key])}" for key in of_frames if key in present]
+        entries.append(f'Lattice="{_as_words(arrays["cell"][row])}" pbc="T T T"' if "cell" in arrays else 'pbc="F F F"')
+        file.write(f"{n_atoms}\n{' '.join(entries + about)}\n")
+        line = " ".join(["%s", *(_number_format(x) for x in columns.values() for _ in range(x.shape[1]))]) + "\n"
         symbols = [ELEMENT_SYMBOLS[z] for z in numbers[row].tolist()]
-        values = zip(symbols, *(words for column in columns for words in column.T.tolist()), strict=True)
-        file.write(f"{n_atoms}\n{comment} {suffix}\n")
-        file.write("".join([line % atom for atom in values]))
+        atoms = zip(symbols, *(words for column in columns.values() for words in column.T.tolist()), strict=True)
+        file.write("".join([line % atom for atom in atoms]))
+
+
+def _check_lines(key: str, texts: Sequence[str], where: str, first: int) -> None:
+    """Refuse text that does not fit on one line."""
+    for row, text in enumerate(texts):
+        if "\n" in text or "\r" in text:
+            raise StructureError(
+                f"{where}: row {first + row}: {key} has a line break, which extxyz cannot hold. Write .npz or .db, or "
+                f"leave it out: --drop {key}"
+            )
+
+
+def _properties(columns: Mapping[str, np.ndarray]) -> str:
+    """``species:S:1:pos:R:3:charges:R:1`` for columns (N, k) of numbers; positions are the standard ones."""
+    further = [
+        f":{key}:{'R' if values.dtype.kind == 'f' else 'I'}:{values.shape[1]}"
+        for key, values in columns.items()
+        if key != "coord"
+    ]
+    return STANDARD_COLUMNS + "".join(further)
 
 
 def check_name(name: str) -> None:
