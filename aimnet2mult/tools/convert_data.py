@@ -14,6 +14,10 @@ What comes out:
 - ``energy``, not ``free_energy``; forces as a calculator gave them, without constraints; results of a calculator before
   entries of ``info`` and ``arrays``.
 - NaN for a label that some molecules of a group have and others lack, no array if none has it.
+
+This module holds the command line, the choice of reader and writer, the report, and all that needs ASE. What the values
+of a structure mean is decided in `aimnet2mult.data.frames`; `aimnet2mult.data.convert` joins the inputs and writes
+arrays and text. Both are imported where they are used, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import glob
 import signal
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +37,7 @@ from aimnet2mult.config.builder import nearest
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
 
@@ -52,6 +57,12 @@ COMPRESSIONS = ("gzip", "lzf")
 
 DATABASE_ROWS = 1000
 """Structures that are taken from an ASE database at a time."""
+
+DATABASE_RESULTS = ("energy", "forces", "charges", "dipole")
+"""Arrays that go into an ASE database as results of a calculator; so does a symmetric stress."""
+
+DATABASE_PAIRS = {"charge": "total_charge", "mult": "mult"}
+"""Arrays that go into it as key-value pairs -> their names there; one named charge cannot be read back through ASE."""
 
 PER_ATOM_RESULTS = ("forces", "charges", "magmoms", "energies", "stresses")
 """Results of ASE's calculators with a value for each atom."""
@@ -252,19 +263,14 @@ def _database_rows(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[Any, dict
         values = {key: column[row] for key, column in arrays.items() if not missing[key][row]}
         cell = values.pop("cell", None)
         atoms = atoms_class(values.pop("numbers"), values.pop("coord"), cell=cell, pbc=cell is not None)
-        known = ("energy", "forces", "charges", "dipole")
-        results: dict[str, Any] = {key: values.pop(key) for key in known if key in values}
+        results = {key: _plain(values.pop(key)) for key in DATABASE_RESULTS if key in values}
         stress = values.get("stress")
         if stress is not None and np.array_equal(stress, stress.T):
-            xx, yy, zz, yz, xz, xy = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-            results["stress"] = np.array([xx, yy, zz, yz, xz, xy])
+            results["stress"] = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]  # Voigt: xx, yy, zz, yz, xz, xy
             del values["stress"]
-        if "energy" in results:
-            results["energy"] = float(results["energy"])
         if results:
             atoms.calc = calculator_class(atoms, **results)
-        names = {"charge": "total_charge", "mult": "mult"}  # a pair named charge cannot be read back through ASE
-        pairs = {name: float(values.pop(key)) for key, name in names.items() if key in values}
+        pairs = {name: float(values.pop(key)) for key, name in DATABASE_PAIRS.items() if key in values}
         yield atoms, pairs, {key: _plain(value) for key, value in values.items()}
 
 
@@ -333,16 +339,18 @@ def convert(
             )
     if all(_format(file) in ARRAY_FORMATS for file in files):
         _check_no_frame_options(rules)
+    writers: dict[str, Callable[[Merger, Path, Progress], None]] = {
+        "hdf5": partial(write_hdf5, compression=compression),
+        "npz": write_npz,
+        "extxyz": write_extxyz,
+        "db": write_database,
+    }
     reader = FrameReader(rules)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent.resolve()) as folder:
         parts = _open_parts(files, reader, Path(folder))
         merger = Merger(parts, rules.default_mult, dtype, attributes)
         with tqdm(total=len(merger), desc=f"writing {output.name}", unit="structure", disable=None) as bar:
-            if kind == "hdf5":
-                write_hdf5(merger, output, bar.update, compression)
-            else:
-                writers = {"npz": write_npz, "extxyz": write_extxyz, "db": write_database}
-                writers[kind](merger, output, bar.update)
+            writers[kind](merger, output, bar.update)
     return _report(merger, reader)
 
 
