@@ -85,21 +85,20 @@ class Examined:
     def __init__(self, part: Part, limits: Thresholds, sae: Mapping[int, float] | None = None) -> None:
         self.part, self.limits, self.sae = part, limits, sae
         self.name, self.source = part.name, part.source
-        source = part.source
-        self.tallies = RowTallies(part.name, source, limits)
+        self.tallies = RowTallies(part.name, part.source, limits)
         self.sample = Sample()
-        self.summary = Summary([str(file) for file in source.files], len(source))
-        sizes, counts = np.unique(source.n_atoms, return_counts=True)
+        self.summary = Summary([str(file) for file in part.source.files], len(part.source))
+        sizes, counts = np.unique(part.source.n_atoms, return_counts=True)
         self.summary.sizes = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
         self.atoms = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
         self.molecules = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
         self.examples: dict[int, int] = {}
-        self.largest_energy = 0.0
         self.dtypes: dict[str, set[np.dtype[Any]]] = {}
-        self._stride = max(1, len(source) // SAMPLE_MOLECULES)
+        self.largest_energy = 0.0
         self.n_contrary = 0
         self.contrary = np.zeros(0, np.int64)
-        self._sampled = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)
+        self._stride = max(1, len(part.source) // SAMPLE_MOLECULES)  # of the blocks that are sampled
+        self._sampled = np.zeros(MAX_ATOMIC_NUMBER + 1, np.int64)  # molecules of the sample that hold each element
 
     def read(self, prints: Fingerprints, progress: "tqdm[Any]") -> None:
         """Read all molecules once, and fill ``prints``, the fingerprints of as many."""

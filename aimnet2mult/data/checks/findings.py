@@ -244,8 +244,8 @@ class Report:
 
     Attributes
     ----------
-    summaries : dict
-        Name of each dataset -> facts about it (`Summary.to_dict`).
+    summaries : dict of str to Summary
+        Name of each dataset -> facts about it.
     findings : list of Finding
         Worst first.
     """

@@ -257,26 +257,13 @@ ESSENTIAL_CHECKS = (
         f"{{molecules}} with atomic numbers outside 1 to {MAX_ATOMIC_NUMBER}. Files hold plain atomic numbers, no "
         "padding and no fidelity offset.",
     ),
-    RowCheck(
-        "bad_coord",
-        "error",
-        ("coord",),
-        _not_finite("coord"),
-        "{molecules} with NaN or infinite coordinates. Remove them from the file.",
-    ),
-    RowCheck(
-        "bad_charge",
-        "error",
-        ("charge",),
-        _not_finite("charge"),
-        "{molecules} with a charge that is NaN or infinite. Fill in the total charge, 0 for neutral molecules.",
-    ),
-    RowCheck(
-        "bad_mult",
-        "error",
-        ("mult",),
-        _not_finite("mult"),
-        "{molecules} with a multiplicity that is NaN or infinite. Fill in 2S+1, 1 for closed shells.",
+    *(
+        RowCheck(f"bad_{key}", "error", (key,), _not_finite(key), f"{{molecules}} with {fault}")
+        for key, fault in (
+            ("coord", "NaN or infinite coordinates. Remove them from the file."),
+            ("charge", "a charge that is NaN or infinite. Fill in the total charge, 0 for neutral molecules."),
+            ("mult", "a multiplicity that is NaN or infinite. Fill in 2S+1, 1 for closed shells."),
+        )
     ),
 )
 """Molecules marked here are not looked at further."""
