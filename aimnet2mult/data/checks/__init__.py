@@ -7,7 +7,7 @@ validation geometries among the training data. `aimnet2mult.tools.check_data` is
 Where to find what, in the order in which it happens:
 
 `rows`
-    molecules read from a dataset, and `ROW_CHECKS`, a table of functions that mark those at fault by themselves;
+    molecules read from a dataset, and `ROW_CHECKS`, a table of functions that judge each molecule by itself;
 `sample`, `dataset`
     what is kept of a dataset while it is read (`Examined`);
 `units`, `residuals`, `geometry`, `pairs`
@@ -18,10 +18,12 @@ Where to find what, in the order in which it happens:
     geometries that several datasets have: leaks, repeats, shared ones;
 `findings`, `run`
     what is reported, and the entry points.
+
+A new check is one more entry of one of the two tables.
 """
 
-from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds
-from aimnet2mult.data.checks.run import check, leakage, quick_checks, unreadable
+from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Summary, Thresholds, unreadable
+from aimnet2mult.data.checks.run import check, leakage, quick_checks
 
 __all__ = [
     "SEVERITIES",

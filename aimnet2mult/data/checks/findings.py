@@ -9,6 +9,7 @@ from typing import Any
 
 from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.checks.units import ForceRelation
+from aimnet2mult.data.sgdataset import DatasetError
 
 SEVERITIES = ("error", "warning", "note")
 """``error``: cannot be right, or spoils the validation. ``warning``: probably wrong, look at it. ``note``: good to
@@ -141,6 +142,16 @@ def locate(source: MoleculeSource, index: int) -> Place:
     return Place(where) if match is None else Place(match[1], match[2], int(match[3]))
 
 
+def unreadable(name: str, error: DatasetError) -> Finding:
+    """Finding for a dataset that cannot be opened or read."""
+    pattern = r"(?P<file>.+?)(: group (?P<group>[^\s:]+))?(: row (?P<row>\d+))?: (?P<rest>.*)"
+    match = re.fullmatch(pattern, str(error), re.DOTALL)
+    if match is None:
+        return Finding("unreadable", "error", name, str(error))
+    place = Place(match["file"], match["group"], None if match["row"] is None else int(match["row"]))
+    return Finding("unreadable", "error", name, match["rest"], None, (place,))
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 molecule``, ``2 molecules``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -232,7 +243,7 @@ class Summary:
 
 
 def _by_count(counts: Mapping[int, int], form: str) -> str:
-    """``0 (917 molecules), -1 (117)``: most frequent first, the six most frequent."""
+    """``0 (917), -1 (117)``: most frequent first, the six most frequent."""
     ranked = sorted(counts.items(), key=lambda item: -item[1])
     words = [f"{value:{form if value else 'd'}} ({count})" for value, count in ranked[:6]]
     return ", ".join(words) + (" ..." if len(ranked) > 6 else "")

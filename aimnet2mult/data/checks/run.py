@@ -1,7 +1,6 @@
 """The entry points: all of some datasets, a sample of one, validation data among training data."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from aimnet2mult.data.checks.fidelity import (
     check_elements,
     check_outliers,
 )
-from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Thresholds
+from aimnet2mult.data.checks.findings import SEVERITIES, Finding, Place, Report, Thresholds, unreadable
 from aimnet2mult.data.checks.geometry import Fingerprints
 from aimnet2mult.data.checks.overlap import Overlap
 from aimnet2mult.data.checks.pairs import evenly
@@ -196,16 +195,6 @@ def leakage(
             prints.keys[rows], prints.averages[rows] = molecules.fingerprints
         first += len(part.source)
     return _worst_first(Overlap(parts, prints, limits or Thresholds()).leaks())
-
-
-def unreadable(name: str, error: DatasetError) -> Finding:
-    """Finding for a dataset that cannot be opened or read."""
-    pattern = r"(?P<file>.+?)(: group (?P<group>[^\s:]+))?(: row (?P<row>\d+))?: (?P<rest>.*)"
-    match = re.fullmatch(pattern, str(error), re.DOTALL)
-    if match is None:
-        return Finding("unreadable", "error", name, str(error))
-    place = Place(match["file"], match["group"], None if match["row"] is None else int(match["row"]))
-    return Finding("unreadable", "error", name, match["rest"], None, (place,))
 
 
 def _findings(data: Examined, checks: Iterable[Callable[[Examined], Iterable[Finding]]]) -> list[Finding]:
