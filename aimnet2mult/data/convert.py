@@ -104,21 +104,20 @@ class Part:
         with h5py.File(self.path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES) as file:
             group = file[self.groups[n_atoms]]
             for first in range(0, self.sizes[n_atoms], step):
-                rows = slice(first, min(first + step, self.sizes[n_atoms]))
+                where = self.where(n_atoms, first)
                 try:
-                    piece = {key: group[key][rows] for key in keys}
+                    piece = {key: group[key][first : first + step] for key in keys}
                 except OSError as error:
-                    raise DatasetError(
-                        f"{self.where(n_atoms, first)}: cannot be read ({error}). Copy it anew."
-                    ) from error
-                yield {key: self._converted(n_atoms, key, values, first) for key, values in piece.items()}
+                    raise DatasetError(f"{where}: cannot be read ({error}). Copy it anew.") from error
+                yield {key: self._converted(key, values, where) for key, values in piece.items()}
 
-    def _converted(self, n_atoms: int, key: str, values: np.ndarray, first: int) -> np.ndarray:
+    def _converted(self, key: str, values: np.ndarray, where: str) -> np.ndarray:
+        """Values from the file as this machine and the package have them."""
         if values.dtype.kind in "OSU":
             try:
                 texts = [text.decode() if isinstance(text, bytes) else str(text) for text in values.ravel().tolist()]
             except UnicodeDecodeError as error:
-                raise DatasetError(f"{self.where(n_atoms, first)} or later: {key} is not text in UTF-8") from error
+                raise DatasetError(f"{where} or later: {key} is not text in UTF-8") from error
             result = np.empty(values.size, object)
             result[:] = texts
             return result.reshape(values.shape)
@@ -182,19 +181,7 @@ def attribute_text(value: Any) -> str:
 
 
 def spool_frames(frames: Iterable[Frame], reader: FrameReader, path: Path, name: str) -> Part:
-    """Read frames into a temporary file; memory stays bounded.
-
-    Parameters
-    ----------
-    frames : iterable of Frame
-        The structures.
-    reader : FrameReader
-        How to read them.
-    path : Path
-        The temporary file.
-    name : str
-        What the user calls the input.
-    """
+    """Read frames into the temporary file ``path``, a few at a time; ``name`` is what the user calls the input."""
     with h5py.File(path, "w") as file:
         spool = Spool(file)
         for frame in frames:

@@ -262,6 +262,7 @@ class FrameReader:
         self.attributes: dict[str, str] | None = None
         self._found: set[str] = set()
         self._last: Frame | None = None
+        self._used: set[str] = set()  # names in the last frame that have been taken
 
     def row(self, frame: Frame) -> Row:
         """Labels of a frame in the units of the package.
@@ -273,29 +274,27 @@ class FrameReader:
         """
         try:
             return self._row(frame)
-        except StructureError:
-            raise
         except ValueError as error:
             raise StructureError(f"{frame.where}: {error}") from error
 
     def _row(self, frame: Frame) -> Row:
         self._last = frame
         types = parse_arrays(str(frame.info[ARRAYS_KEY])) if ARRAYS_KEY in frame.info else {}
-        used = {ARRAYS_KEY, ATTRIBUTES_KEY}
-        units = self._units(frame, used)
-        self._collect_attributes(frame, used)
+        self._used = {ARRAYS_KEY, ATTRIBUTES_KEY}
+        units = self._units(frame)
+        self._collect_attributes(frame)
         _check_atoms(frame)
         row: Row = {"coord": frame.coord, "numbers": frame.numbers.astype(np.int32)}
         if frame.cell is not None:
             row["cell"] = frame.cell
         for key in LABEL_KEYS:
-            value = self._label(frame, key, used)
+            value = self._label(frame, key)
             if value is not None:
                 row[key] = value
         if "energy" not in row and not self.rules.energy_optional and "energy" not in types:
-            raise StructureError(self._no_energy(frame))
-        row["charge"] = self._charge(frame, used)
-        mult = self._mult(frame, row["charge"], used, required="mult" in types or not types)
+            raise ValueError(self._no_energy(frame))
+        row["charge"] = self._charge(frame)
+        mult = self._mult(frame, row["charge"], required="mult" in types or not types)
         if mult is not None:
             row["mult"] = mult
         self._drop(row)
@@ -305,35 +304,35 @@ class FrameReader:
         for key in row:
             if key in types:
                 row[key] = np.asarray(row[key], types[key].dtype)
-        self._add_extras(frame, row, types, used)
+        self._add_extras(frame, row, types)
         self._add_blanks(frame, row, types)
-        self.left_out.update(name for name in (*frame.info, *frame.arrays) if name not in used)
-        self.left_out_of_atoms.update(frame.arrays.keys() - used)
+        self.left_out.update(name for name in (*frame.info, *frame.arrays) if name not in self._used)
+        self.left_out_of_atoms.update(frame.arrays.keys() - self._used)
         return row
 
-    def _units(self, frame: Frame, used: set[str]) -> Mapping[str, str]:
+    def _units(self, frame: Frame) -> Mapping[str, str]:
         """Units that the frame states, and for the others those of the rules."""
         stated = {q: str(frame.info[name]) for q, name in UNIT_NAMES.items() if name in frame.info}
-        used.update(UNIT_NAMES[quantity] for quantity in stated)
+        self._used.update(UNIT_NAMES[quantity] for quantity in stated)
         return joined_units(stated, self.rules.units) if stated else self.rules.units
 
-    def _collect_attributes(self, frame: Frame, used: set[str]) -> None:
+    def _collect_attributes(self, frame: Frame) -> None:
         names = str(frame.info.get(ATTRIBUTES_KEY, "")).split()
         found = {name: str(frame.info[name]) for name in names if name in frame.info}
-        used.update(found)
+        self._used.update(found)
         if self.attributes is None:
             self.attributes = found
         elif found != self.attributes:
             self.attributes = {k: v for k, v in self.attributes.items() if found.get(k) == v}
 
-    def _find(self, frame: Frame, key: str, used: set[str]) -> tuple[str, Any] | None:
+    def _find(self, frame: Frame, key: str) -> tuple[str, Any] | None:
         """Name and value under which a frame holds a key."""
         stores = (frame.arrays, frame.info) if key in ATOM_KEYS else (frame.info, frame.arrays)
         hits = [(name, store[name]) for name in self.names[key] for store in stores if name in store]
         if not hits:
             return None
         self._found.add(key)
-        used.update(name for name, _ in hits)
+        self._used.update(name for name, _ in hits)
         for name, value in hits[1:]:
             if name != hits[0][0] and not np.array_equal(_real((name, value), None), _real(hits[0], None)):
                 raise ValueError(
@@ -342,9 +341,9 @@ class FrameReader:
                 )
         return hits[0]
 
-    def _label(self, frame: Frame, key: str, used: set[str]) -> np.ndarray | None:
+    def _label(self, frame: Frame, key: str) -> np.ndarray | None:
         """Label in the unit of the file, None if it is missing."""
-        found = self._find(frame, key, used)
+        found = self._find(frame, key)
         if found is None:
             return None
         shape = _row_shape(key, frame)
@@ -357,8 +356,8 @@ class FrameReader:
             raise ValueError(f"{found[0]} is infinite. Remove the structure.")
         return None if np.isnan(values).all() else values
 
-    def _charge(self, frame: Frame, used: set[str]) -> np.ndarray:
-        found = self._find(frame, "charge", used)
+    def _charge(self, frame: Frame) -> np.ndarray:
+        found = self._find(frame, "charge")
         if found is not None:
             return _per_molecule(found, frame)
         initial = float(np.sum(frame.arrays.get("initial_charges", 0.0)))
@@ -370,8 +369,8 @@ class FrameReader:
         self.defaults["charge"] += 1
         return np.asarray(self.rules.default_charge or 0.0)
 
-    def _mult(self, frame: Frame, charge: np.ndarray, used: set[str], required: bool) -> np.ndarray | None:
-        found = self._find(frame, "mult", used)
+    def _mult(self, frame: Frame, charge: np.ndarray, required: bool) -> np.ndarray | None:
+        found = self._find(frame, "mult")
         numbers = frame.numbers[None]
         if found is None:
             if not required and self.rules.default_mult is None:
@@ -398,14 +397,14 @@ class FrameReader:
             )
         return mult
 
-    def _add_extras(self, frame: Frame, row: Row, types: Mapping[str, ArrayType], used: set[str]) -> None:
+    def _add_extras(self, frame: Frame, row: Row, types: Mapping[str, ArrayType]) -> None:
         further = {key: kind for key, kind in types.items() if key not in LAYOUT_KEYS}
         for key in dict.fromkeys((*self.rules.extras, *further)):
             if key not in frame.info:
                 if key in frame.arrays:
                     raise ValueError(f"--extra {key}: has a value for each atom; extras have one for each structure")
                 continue
-            used.add(key)
+            self._used.add(key)
             self._found.add(key)
             value = frame.info[key]
             if key in further and key not in self.rules.extras:
@@ -431,7 +430,7 @@ class FrameReader:
         close = [n for n in info if "energy" in n.lower() and n != "free_energy"]
         advice = f"Give --key energy={close[0]}" if close else "Give --key energy=NAME"
         return (
-            f"{frame.where}: no energy under {name!r} (info has: {', '.join(info) or 'nothing'}). {advice}, or "
+            f"no energy under {name!r} (info has: {', '.join(info) or 'nothing'}). {advice}, or "
             "--allow-missing-energy to keep structures without it."
         )
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import glob
 import signal
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -146,14 +147,10 @@ def read_frames(path: Path) -> Iterator[Frame]:
         return
     images = _file_images(path) if kind == "ase" else _database_images(path, DATABASE_ROWS if kind == "db" else None)
     empty = True
-    while True:
-        with _ase_reading(path):
-            image = next(images, None)
-            if image is None:
-                break
-            frame = atoms_frame(*image)
-        yield frame
-        empty = False
+    with _ase_reading(path):
+        for image in images:
+            yield atoms_frame(*image)
+            empty = False
     if empty:
         raise StructureError(f"{path}: holds no structures")
 
@@ -430,17 +427,16 @@ def _all_frames(paths: Iterable[Path]) -> Iterator[Frame]:
 
 def _report(merger: Merger, reader: FrameReader) -> list[str]:
     """What has been written, assumed and left out, in words."""
-    from collections import Counter
-
     from aimnet2mult.data.frames import LABEL_KEYS
 
     sizes = list(merger.sizes)
     counts = ", ".join(f"{key} {merger.labels[key]}" for key in LABEL_KEYS if key in merger.labels)
     lines = [f"structures: {len(merger)}, of {sizes[0]} to {sizes[-1]} atoms; labels: {counts}"]
-    conversions = {key: factor for part in merger.parts for key, factor in part.factors.items()}
-    units = {**reader.converted, **conversions}
-    if units:
-        lines.append("converted to eV and Å: " + ", ".join(f"{key} x {factor:.9g}" for key, factor in units.items()))
+    factors = dict(reader.converted)
+    for part in merger.parts:
+        factors.update(part.factors)
+    if factors:
+        lines.append("converted to eV and Å: " + ", ".join(f"{key} x {factor:.9g}" for key, factor in factors.items()))
     defaults = reader.defaults + Counter(mult=merger.filled_mults)
     for key, count in defaults.items():
         value = reader.rules.default_charge or 0 if key == "charge" else reader.rules.default_mult or 1
