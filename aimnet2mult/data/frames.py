@@ -115,7 +115,7 @@ def joined_units(stated: Mapping[str, str], options: Mapping[str, str]) -> dict[
 
 
 def lowest_mult(numbers: np.ndarray, charge: np.ndarray) -> np.ndarray:
-    """1 for an even number of electrons, 2 for an odd one; (k, N), (k,) -> (k,)."""
+    """1 for an even number of electrons, 2 for an odd one; (..., N), (...) -> (...)."""
     electrons = numbers.sum(axis=-1) - np.rint(np.asarray(charge, np.float64))
     return 1.0 + electrons % 2.0
 
@@ -371,31 +371,32 @@ class FrameReader:
 
     def _mult(self, frame: Frame, charge: np.ndarray, required: bool) -> np.ndarray | None:
         found = self._find(frame, "mult")
-        numbers = frame.numbers[None]
         if found is None:
-            if not required and self.rules.default_mult is None:
-                return None
-            initial = float(np.sum(frame.arrays.get("initial_magmoms", 0.0)))
-            if self.rules.default_mult is None and abs(initial) > WHOLE_CHARGE:
-                raise ValueError(
-                    f"no multiplicity, but initial_magmoms sum to {initial:g}. Give --key mult=initial_magmoms to take "
-                    "the sum as the number of unpaired electrons, or --default-mult lowest."
-                )
-            self.defaults["mult"] += 1
-            return filled_mult(numbers, charge[None], self.rules.default_mult)[0]
+            return self._default_mult(frame, charge) if required or self.rules.default_mult is not None else None
         name = found[0]
         mult = _per_molecule(found, frame)
         if name in frame.arrays and name not in frame.info:
             mult = np.abs(mult) + 1.0  # magnetic moments of atoms: the sum is the number of unpaired electrons
         if mult < 1.0:
             raise ValueError(f"{name} is {mult:g}; expected the multiplicity 2S+1, which is at least 1")
-        fits = (mult - lowest_mult(numbers, charge[None])[0]) % 2 == 0
+        fits = (mult - lowest_mult(frame.numbers, charge)) % 2 == 0
         if name == "spin" and "mult" not in self.rules.names and not fits:
             raise ValueError(
-                f"spin is {mult:g}, which is not a multiplicity 2S+1 of {int(numbers.sum() - charge)} electrons. Give "
-                "--key mult=spin to take it as multiplicity nevertheless, or correct the file."
+                f"spin is {mult:g}, which is not a multiplicity 2S+1 of {int(frame.numbers.sum() - charge)} electrons. "
+                "Give --key mult=spin to take it as multiplicity nevertheless, or correct the file."
             )
         return mult
+
+    def _default_mult(self, frame: Frame, charge: np.ndarray) -> np.ndarray:
+        """Multiplicity of a frame that does not state it."""
+        initial = float(np.sum(frame.arrays.get("initial_magmoms", 0.0)))
+        if self.rules.default_mult is None and abs(initial) > WHOLE_CHARGE:
+            raise ValueError(
+                f"no multiplicity, but initial_magmoms sum to {initial:g}. Give --key mult=initial_magmoms to take "
+                "the sum as the number of unpaired electrons, or --default-mult lowest."
+            )
+        self.defaults["mult"] += 1
+        return filled_mult(frame.numbers[None], charge[None], self.rules.default_mult)[0]
 
     def _add_extras(self, frame: Frame, row: Row, types: Mapping[str, ArrayType]) -> None:
         further = {key: kind for key, kind in types.items() if key not in LAYOUT_KEYS}
@@ -407,10 +408,10 @@ class FrameReader:
             self._used.add(key)
             self._found.add(key)
             value = frame.info[key]
-            if key in further and key not in self.rules.extras:
-                row[key] = _typed(key, value, further[key])
-            else:
+            if key in self.rules.extras:
                 row[key] = str(value) if self.rules.extras[key] else _guessed(key, value)
+            else:
+                row[key] = _typed(key, value, further[key])
         self._drop(row)
 
     def _add_blanks(self, frame: Frame, row: Row, types: Mapping[str, ArrayType]) -> None:
