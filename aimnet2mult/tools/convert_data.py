@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -105,6 +105,10 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     return [file for file in files if unique[file.resolve()] == file]
 
 
+Image: TypeAlias = tuple[str, Any, dict[str, Any]]
+"""A structure of ASE: file and frame for messages, ``ase.Atoms``, values that are stored beside it."""
+
+
 def _format(path: Path) -> str:
     """``hdf5``, ``npz``, ``extxyz``, ``db``, ``json`` (a database, too), or ``ase`` for whatever else."""
     return {**OUTPUT_FORMATS, ".json": "json"}.get(path.suffix.lower(), "ase")
@@ -120,16 +124,15 @@ def _ase(module: str, why: str) -> Any:
         raise ValueError(f'{why} needs ASE, which is not installed: pip install "aimnet2mult[ase]"') from error
 
 
-@contextmanager
-def _ase_reading(path: Path) -> Iterator[None]:
-    """Name the file in whatever ASE raises; its readers raise anything on files that they do not understand."""
+def _as_ase_reads(path: Path, images: Iterator[Image]) -> Iterator[Image]:
+    """Structures as ASE gives them, the file named in the message where it cannot."""
     from aimnet2mult.data.extxyz import StructureError
 
     try:
-        yield
-    except (StructureError, MemoryError):
+        yield from images
+    except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # its readers raise anything on files that they do not understand
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StructureError(
             f"{path}: ASE cannot read it ({type(error).__name__}: {reason}). If it should not be read at all, name the "
@@ -145,28 +148,31 @@ def read_frames(path: Path) -> Iterator[Frame]:
     if kind == "extxyz":
         yield from read_extxyz(path)
         return
-    images = _file_images(path) if kind == "ase" else _database_images(path, DATABASE_ROWS if kind == "db" else None)
+    if kind == "ase":
+        images = _file_images(path, _ase("ase.io", f"{path}: this format"))
+    else:
+        images = _database_images(
+            path, _ase("ase.db", f"{path}: an ASE database"), DATABASE_ROWS if kind == "db" else None
+        )
     empty = True
-    with _ase_reading(path):
-        for image in images:
-            yield atoms_frame(*image)
-            empty = False
+    for image in _as_ase_reads(path, images):
+        yield atoms_frame(*image)
+        empty = False
     if empty:
         raise StructureError(f"{path}: holds no structures")
 
 
-def _file_images(path: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _file_images(path: Path, ase_io: Any) -> Iterator[Image]:
     """Structures of a file that ASE reads: where, the structure, nothing beside it."""
-    ase_io = _ase("ase.io", f"{path}: this format")
     for index, atoms in enumerate(ase_io.iread(str(path), ":")):
         yield f"{path}: frame {index}", atoms, {}
 
 
-def _database_images(path: Path, window: int | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _database_images(path: Path, ase_db: Any, window: int | None) -> Iterator[Image]:
     """Structures of an ASE database, with what is stored beside them; ``window`` rows in memory at a time."""
     from aimnet2mult.data.extxyz import ATTRIBUTES_KEY
 
-    database = _ase("ase.db", f"{path}: an ASE database").connect(str(path), use_lock_file=False)
+    database = ase_db.connect(str(path), use_lock_file=False)
     attributes = database.metadata.get(ATTRIBUTES_KEY, {})
     about = {ATTRIBUTES_KEY: " ".join(attributes), **attributes} if attributes else {}
     last = 0

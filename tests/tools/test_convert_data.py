@@ -930,8 +930,18 @@ def test_without_ase(tmp_path, monkeypatch):
     convert([tmp_path / "a.h5"], tmp_path / "b.xyz")
     (tmp_path / "c.traj").write_bytes(b"")
     for inputs, output in (("a.h5", "d.db"), ("c.traj", "d.h5")):
-        with pytest.raises(ValueError, match=r'ASE, which is not installed: pip install "aimnet2mult\[ase\]"'):
+        with pytest.raises(
+            ValueError, match=r'ASE, which is not installed: pip install "aimnet2mult\[ase\]"'
+        ) as caught:
             convert([tmp_path / inputs], tmp_path / output)
+        assert "cannot read it" not in str(caught.value)
+
+
+def test_ase_is_not_blamed_for_a_defect_of_ours(tmp_path, monkeypatch):
+    ase.io.write(tmp_path / "in.traj", molecule("H2"))
+    monkeypatch.setattr(convert_data, "atoms_frame", lambda where, atoms, info: len(atoms.none))
+    with pytest.raises(AttributeError, match="none"):
+        convert([tmp_path / "in.traj"], tmp_path / "o.h5")
 
 
 def test_help_is_quick():
