@@ -48,6 +48,13 @@ class MixedFidelityDataset(MultiFidelityDataset):
     y : sequence of str
         Labels. A molecule lacks a label if its group has no such array, or if the array is NaN there.
 
+    Attributes
+    ----------
+    datasets : dict of int to MoleculeSource
+        Dataset of each fidelity.
+    starts : numpy.ndarray
+        (F + 1,) int64, index of the first molecule of each fidelity, and the number of all molecules.
+
     Raises
     ------
     FileNotFoundError
@@ -81,7 +88,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
         }
         self.num_fidelities = len(self.datasets)
         lengths = [len(data) for data in self.datasets.values()]
-        self._starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        self.starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         self.n_atoms = np.concatenate([data.n_atoms for data in self.datasets.values()])
         self.fidelities = np.repeat(np.arange(self.num_fidelities, dtype=np.int16), lengths)
         self.labels = {f: data.keys.intersection(self.y) for f, data in self.datasets.items()}
@@ -108,11 +115,16 @@ class MixedFidelityDataset(MultiFidelityDataset):
     def where(self, index: int) -> str:
         """Return file, group and row of a molecule, for messages."""
         fidelity = int(self.fidelities[index])
-        return self.datasets[fidelity].where(int(index - self._starts[fidelity]))
+        return self.datasets[fidelity].where(int(index - self.starts[fidelity]))
 
     def label_counts(self) -> dict[int, dict[str, LabelCount]]:
         """Count, for each fidelity and each of ``y``, the molecules that have the label (`MoleculeSource`)."""
         return {f: data.label_counts(self.y) for f, data in self.datasets.items()}
+
+    def by_fidelity(self, indices: np.ndarray) -> dict[int, np.ndarray]:
+        """Divide indices (m,) among the fidelities, in their order, each counted within its fidelity."""
+        fidelities = self.fidelities[indices]
+        return {f: indices[fidelities == f] - self.starts[f] for f in self.datasets}
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Return the samples of the given molecules, in their order.
@@ -129,7 +141,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
         fidelities = self.fidelities[wanted]
         for f in np.unique(fidelities).tolist():
             places = np.flatnonzero(fidelities == f)
-            for positions, arrays in self.datasets[f].read(wanted[places] - self._starts[f], (*self.x, *self.y)):
+            for positions, arrays in self.datasets[f].read(wanted[places] - self.starts[f], (*self.x, *self.y)):
                 positions = places[positions]
                 for position, sample in zip(positions, self._samples(f, wanted[positions], arrays), strict=True):
                     samples[position] = sample

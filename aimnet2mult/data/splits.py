@@ -8,7 +8,6 @@ same in all fidelities, processes and orders of the files, and stays what it was
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import zipfile
@@ -321,11 +320,10 @@ def save_split(
         The file cannot be written (`aimnet2mult.utils.files.check_writable`).
     """
     arrays, fidelities = {}, {}
-    for f, (first, source) in _parts(dataset).items():
+    for f, inside in dataset.by_fidelity(val).items():
         name = (names or {}).get(f, f"fidelity {f}")
-        inside = val[(val >= first) & (val < first + len(source))] - first
         arrays[f"val/{name}"] = np.sort(inside).astype(np.int64)
-        fidelities[name] = {**_identity(source), "validation": len(inside)}
+        fidelities[name] = {**_identity(dataset.datasets[f]), "validation": len(inside)}
     record = {
         "format": SPLIT_FORMAT,
         "by": by,
@@ -373,7 +371,7 @@ def load_split(
             "Give the same fidelities, or divide the data anew."
         )
     validates = np.zeros(len(dataset), bool)
-    for f, (first, source) in _parts(dataset).items():
+    for f, source in dataset.datasets.items():
         name = names[f]
         if name not in record["fidelities"]:
             raise ValueError(
@@ -394,7 +392,7 @@ def load_split(
         inside = arrays[f"val/{name}"]
         if len(inside) and not 0 <= inside.min() <= inside.max() < len(source):
             raise ValueError(f"{path}: damaged, {name} has indices beyond its {len(source)} molecules.")
-        validates[first + inside] = True
+        validates[dataset.starts[f] + inside] = True
     return np.flatnonzero(~validates), np.flatnonzero(validates), record
 
 
@@ -411,12 +409,6 @@ def _read_split(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except DAMAGE as error:
         raise ValueError(f"{path}: not a split of molecules, expected what save_split writes ({error}).") from error
     return record, arrays
-
-
-def _parts(dataset: MixedFidelityDataset) -> dict[int, tuple[int, MoleculeSource]]:
-    """Index of the first molecule of each fidelity, and its source."""
-    starts = itertools.accumulate((len(source) for source in dataset.datasets.values()), initial=0)
-    return {f: (first, source) for first, (f, source) in zip(starts, dataset.datasets.items(), strict=False)}
 
 
 def _identity(source: MoleculeSource) -> dict[str, Any]:

@@ -171,8 +171,6 @@ def _open(files: Mapping[str, list[Path]], findings: list[Finding]) -> dict[str,
 
 def _held_out(inputs: Inputs, sources: Mapping[str, MoleculeSource]) -> dict[str, np.ndarray]:
     """Molecules of each fidelity that training will split off, by their index in the fidelity."""
-    import numpy as np
-
     from aimnet2mult.data.mixed import MixedFidelityDataset
     from aimnet2mult.data.sgdataset import DatasetError
     from aimnet2mult.data.splits import split_indices
@@ -190,9 +188,7 @@ def _held_out(inputs: Inputs, sources: Mapping[str, MoleculeSource]) -> dict[str
     divided = [f for f, name in enumerate(sources) if name not in inputs.validation]
     names = dict(enumerate(sources))
     _, held_out = split_indices(dataset, inputs.val_fraction, inputs.seed, inputs.split_by, divided, names)
-    starts = np.cumsum([0, *map(len, sources.values())])
-    parts = np.split(held_out, np.searchsorted(held_out, starts[1:-1]))
-    return {name: part - start for name, part, start in zip(sources, parts, starts[:-1], strict=True)}
+    return {names[f]: inside for f, inside in dataset.by_fidelity(held_out).items()}
 
 
 @click.command(context_settings={"show_default": True})

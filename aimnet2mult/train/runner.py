@@ -336,7 +336,7 @@ def build_data(config: TrainConfig) -> Data:
     if not settings.separate_val:
         indices = np.arange(len(train))
         logger.warning("data.separate_val is false: the validation molecules are trained on, errors are too small")
-    shifts = _first_index(val) - _first_index(train)
+    shifts = val.starts - train.starts
     moved = held_out + shifts[train.fidelities[held_out]]
     val_indices = np.union1d(moved, np.flatnonzero(np.isin(val.fidelities, list(files)))).astype(np.int64)
     data = Data(fidelities, train, val, indices, val_indices, held_out, sae, {})
@@ -344,26 +344,15 @@ def build_data(config: TrainConfig) -> Data:
     if idist.get_rank() == 0:
         log_data(data)
         trained, validated = ({names[f]: source for f, source in part.items()} for part in (raw, files))
-        warn(leakage(trained, validated, _held_out(data) if settings.separate_val else None))
+        apart = {names[f]: inside for f, inside in train.by_fidelity(held_out).items()}
+        warn(leakage(trained, validated, apart if settings.separate_val else None))
     return data
-
-
-def _held_out(data: Data) -> dict[str, np.ndarray]:
-    """Molecules of each fidelity that a split chose for validation, counted within the fidelity."""
-    starts, fidelities = _first_index(data.train), data.train.fidelities[data.held_out]
-    return {name: data.held_out[fidelities == f] - starts[f] for f, name in data.names.items()}
 
 
 def warn(findings: Sequence[Finding]) -> None:
     """Log what checks of the data found."""
     for finding in findings:
         logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
-
-
-def _first_index(dataset: MixedFidelityDataset) -> np.ndarray:
-    """Return the index of the first molecule of each fidelity, (F,)."""
-    counts = np.bincount(dataset.fidelities, minlength=dataset.num_fidelities)
-    return np.cumsum(counts) - counts
 
 
 def without_dispersion(config: TrainConfig, sources: Mapping[int, MoleculeSource]) -> dict[int, MoleculeSource]:
