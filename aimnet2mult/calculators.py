@@ -155,7 +155,13 @@ class AIMNet2Calculator(Calculator):
             self.results["magmoms"] = out["spin_charges"].astype(np.float64)
 
     def get_spin_charges(self, atoms: Atoms | None = None) -> np.ndarray:
-        """Spin charges (N,), e, of a model that resolves spin."""
+        """Spin charges (N,), e, of a model that resolves spin.
+
+        Raises
+        ------
+        PropertyNotImplementedError
+            Of one that does not; what ASE expects of a calculator that lacks a property.
+        """
         if not self._spin_resolved():
             raise PropertyNotImplementedError("this model has one charge channel and no spin charges")
         return self.get_property("magmoms", atoms)

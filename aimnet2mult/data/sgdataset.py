@@ -291,7 +291,7 @@ class SizeGroupedDataset(MoleculeSource):
 
     def chunks(self, keys: Sequence[str], max_rows: int = 65536) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """As `MoleculeSource.chunks`; a piece holds molecules of one size."""
-        for start, (n_atoms, n_molecules) in zip(self._starts.tolist(), self.sizes.items(), strict=False):
+        for start, (n_atoms, n_molecules) in zip(self._starts[:-1].tolist(), self.sizes.items(), strict=True):
             arrays = {key: self._groups[n_atoms][key] for key in keys if key in self._groups[n_atoms]}
             widest = max((array.row_bytes for array in arrays.values()), default=1)
             n_rows = max(1, min(max_rows, PIECE_BYTES // max(widest, 1)))

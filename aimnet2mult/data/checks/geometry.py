@@ -81,7 +81,7 @@ def molecule_keys(numbers: np.ndarray, charge: np.ndarray, mult: np.ndarray) -> 
     numbers : numpy.ndarray
         (k, N) int, in any order. What is not an atomic number counts as padding.
     charge, mult : numpy.ndarray
-        (k,), rounded to thousandths.
+        (k,), rounded to thousandths; NaN counts as 0, and what is beyond a million as a million.
 
     Returns
     -------
@@ -90,6 +90,7 @@ def molecule_keys(numbers: np.ndarray, charge: np.ndarray, mult: np.ndarray) -> 
     """
     keys = _ELEMENT_HASH[_known(numbers)].sum(axis=1, dtype=np.uint64)
     for values in (charge, mult):
+        # NaN, infinite and huge values are findings of the checks of rows; here they must only fit into an integer.
         thousandths = np.rint(1e3 * np.clip(np.nan_to_num(np.asarray(values, np.float64)), -1e6, 1e6))
         keys = _mixed(keys ^ thousandths.astype(np.int64).astype(np.uint64))
     return keys

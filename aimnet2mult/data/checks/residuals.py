@@ -92,7 +92,11 @@ class Residuals:
     per_atom: float = 0.0
 
     def sums(self, counts: np.ndarray, elements: list[int]) -> np.ndarray:
-        """Sums of the self-atomic energies, (m,), eV; elements that are not known count nothing."""
+        """Sums of the self-atomic energies, (m,), eV, for molecules whose elements are known.
+
+        For the others, which callers leave out, the sums lack the elements that are not.
+        """
+        # Unknown energies are NaN, and no atoms times NaN is not zero.
         return np.asarray(counts @ np.nan_to_num(self.sae[elements]))
 
     def measure(self, rows: Rows, residuals: np.ndarray) -> None:
