@@ -58,7 +58,8 @@ def test_modules_and_files_that_are_named_exist(page):
 
 def test_settings_in_the_page_on_data_are_valid(tmp_path, monkeypatch):
     pytest.importorskip("omegaconf")
-    from aimnet2mult.train.configuration import load_config, named_fidelities
+    from aimnet2mult.train.configuration import load_config
+    from aimnet2mult.train.schema import named_fidelities
 
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     (settings,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)

@@ -119,7 +119,8 @@ def inputs_of_config(path: Path, overrides: Sequence[str]) -> Inputs:
         As `aimnet2mult.train.configuration.load_config`; the packages of training are not installed.
     """
     try:
-        from aimnet2mult.train.configuration import load_config, named_fidelities
+        from aimnet2mult.train.configuration import load_config
+        from aimnet2mult.train.schema import named_fidelities
     except ModuleNotFoundError as error:
         raise ValueError(
             f'--config needs the package {error.name}, which is not installed: pip install "aimnet2mult[train]"'

@@ -46,7 +46,14 @@ from aimnet2mult.dispersion import RationalDispersion
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import BATCH_KEYS
-from aimnet2mult.train.configuration import (
+from aimnet2mult.train.engine import make_evaluator, make_trainer
+from aimnet2mult.train.fidelity_specific_utils import log_of_names, new_species, sources_by_name, transfer_weights
+from aimnet2mult.train.loggers import start_wandb
+from aimnet2mult.train.loss import MTLoss
+from aimnet2mult.train.metrics import RegMultiMetric
+from aimnet2mult.train.optimizer import build_optimizer
+from aimnet2mult.train.schedule import Schedule
+from aimnet2mult.train.schema import (
     FidelityConfig,
     SamplerKwargsConfig,
     TrainConfig,
@@ -54,19 +61,7 @@ from aimnet2mult.train.configuration import (
     to_dict,
     to_yaml,
 )
-from aimnet2mult.train.engine import make_evaluator, make_trainer
-from aimnet2mult.train.fidelity_specific_utils import log_of_names, new_species, sources_by_name, transfer_weights
-from aimnet2mult.train.loss import MTLoss
-from aimnet2mult.train.metrics import RegMultiMetric
-from aimnet2mult.train.utils import (
-    Schedule,
-    accepted_keywords,
-    build_optimizer,
-    log_format,
-    pick_device,
-    seed_everything,
-    start_wandb,
-)
+from aimnet2mult.train.utils import accepted_keywords, log_format, pick_device, seed_everything
 from aimnet2mult.utils.files import atomic_path, check_writable, write_text_atomic
 from aimnet2mult.utils.units import EV_KCAL_MOL, EV_KJ_MOL
 

@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aimnet2mult.train.configuration import (
-    DEFAULT_CONFIG,
-    TrainConfig,
-    load_config,
-    named_fidelities,
-    to_dict,
-    to_yaml,
-    yaml_key,
-)
+from aimnet2mult.train.configuration import DEFAULT_CONFIG, load_config
+from aimnet2mult.train.schema import TrainConfig, named_fidelities, to_dict, to_yaml, yaml_key
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLATEAU = "ignite.handlers.ReduceLROnPlateauScheduler"

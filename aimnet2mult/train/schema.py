@@ -1,0 +1,309 @@
+"""The settings of a training run: what there is to set, of which type, with which meaning.
+
+The dataclasses are the schema: a key that is not here is refused, a value of another type too. Values come from the
+packaged ``config/default_train_mixed_fidelity.yaml``, the user's file and the command line
+(`aimnet2mult.train.configuration`); `aimnet2mult.train.config_checks` says what does not fit together.
+"""
+
+# ruff: noqa: RUF009 - `option` makes the field of a dataclass, as dataclasses.field does
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+FIDELITY_NAME = re.compile(r"[^\W\d][\w+-]*")
+"""What a fidelity may be called: part of the names of metrics and of settings on the command line."""
+
+
+# --------------------------------------------------------------------------------------------------
+# schema
+# --------------------------------------------------------------------------------------------------
+
+
+def option(meaning: str, default: Any = MISSING) -> Any:
+    """Field of the schema with a line on its meaning; without ``default`` the packaged file must hold one.
+
+    Defaults stand here only in sections that may be absent (``wandb``, ``scheduler``).
+    """
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class SAEFilesConfig:
+    """Self-atomic energies that are subtracted from the energies."""
+
+    files: dict[int, Path] = option("fidelity -> YAML file {Z: eV}, made by aimnet2mult.train.calc_sae")
+    file: Path | None = option("the one SAE file of a run with one dataset")
+    mode: str = option("how energies are referenced: linreg (minus the sum of the atoms' SAE)")
+
+
+@dataclass
+class SAEConfig:
+    """SAE per property."""
+
+    energy: SAEFilesConfig = field(default_factory=SAEFilesConfig)
+
+
+@dataclass
+class SamplerKwargsConfig:
+    """How batches are drawn."""
+
+    batch_size: int = option("molecules or atoms per batch (all processes together share an epoch), see batch_mode")
+    batch_mode: str = option("what batch_size counts: molecules or atoms")
+    shuffle: bool = option("new random batches in every epoch")
+    batches_per_epoch: int = option("batches of each process in an epoch; -1: as many as the data gives")
+    sampling_strategy: str = option("weighted (by the weights), uniform (every molecule alike), balanced or shares")
+    shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; for sampling_strategy: shares")
+    max_padding: float = option("largest share of padding among the atoms of an epoch's batches, in [0, 1)")
+
+
+@dataclass
+class SamplerConfig:
+    """A sampler."""
+
+    kwargs: SamplerKwargsConfig = field(default_factory=SamplerKwargsConfig)
+
+
+@dataclass
+class SamplersConfig:
+    """Samplers of training and validation."""
+
+    train: SamplerConfig = field(default_factory=SamplerConfig)
+    val: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass
+class LoaderConfig:
+    """How batches are read."""
+
+    num_workers: int = option("reader processes; 0 reads in the training process")
+    pin_memory: bool = option("page-locked memory for faster copies to a GPU; without one it has no effect")
+    prefetch_factor: int | None = option("batches that each reader process prepares ahead; null: 2")
+    persistent_workers: bool | None = option("keep the reader processes between epochs; null: yes")
+
+
+@dataclass
+class LoadersConfig:
+    """Loaders of training and validation."""
+
+    train: LoaderConfig = field(default_factory=LoaderConfig)
+    val: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+@dataclass
+class FidelityConfig:
+    """A fidelity with a name."""
+
+    files: list[Path] = option("HDF5 files that are one dataset; one name, a list, patterns such as part_*.h5", [])
+    val_files: list[Path] | None = option("the same for validation; null: a split of files", None)
+    weight: float = option("how often its molecules are drawn, relative", 1.0)
+    sae: Path | None = option("YAML file {Z: eV}, made by aimnet2mult.train.calc_sae", None)
+    dispersion: Any = option(
+        "what dispersion the labels contain: none, {d3bj: functional or parameters}, {d4: ...}, vv10, unknown", None
+    )
+    subtract_dispersion: bool = option("take that dispersion off energies and forces as they are read", False)
+    level: str | None = option("level of theory in words, such as wB97M-D3BJ/def2-TZVPP", None)
+
+
+@dataclass
+class DataConfig:
+    """Datasets, their references and how batches are made of them."""
+
+    fidelities: dict[str, FidelityConfig] = option("name -> fidelity, in the order of their numbers 0..F-1")
+    fidelity_datasets: dict[int, list[Path]] = option("without names: fidelity 0..F-1 -> HDF5 file or files")
+    fidelity_weights: dict[int, float] = option("fidelity -> how often its molecules are drawn, relative; default 1")
+    val_fidelity_datasets: dict[int, list[Path]] | None = option("fidelity -> file for validation; null: split")
+    sae: SAEConfig | None = option("SAE files; null trains on total energies")
+    val_fraction: float = option("share of each fidelity's molecules used for validation, in [0, 1)")
+    val_split_by: str = option(
+        "what a split keeps together: molecule (nothing), composition (equal formulas, in all fidelities), or an array "
+        "of the files such as mol_id"
+    )
+    separate_val: bool = option("take the validation molecules out of the training data")
+    dispersion_cache: str = option("dispersion to subtract: disk (computed once, beside the data) or none (when read)")
+    ddp_load_full_dataset: bool = option("no effect: every process reads from disk what it draws")
+    x: list[str] = option("inputs of the model: coord, numbers, charge, mult")
+    y: list[str] = option("labels that are read; those that a dataset lacks are masked")
+    samplers: SamplersConfig = field(default_factory=SamplersConfig)
+    loaders: LoadersConfig = field(default_factory=LoadersConfig)
+
+
+@dataclass
+class LossConfig:
+    """The loss."""
+
+    class_: str = option("dotted name of the loss")
+    kwargs: dict[str, Any] = option("its arguments; components: {name: {fn, weight, kwargs}}")
+
+
+@dataclass
+class GradClipConfig:
+    """Gradient clipping."""
+
+    max_norm: float | None = option("largest norm of the gradient of all weights together; null: no clipping")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and what it trains."""
+
+    class_: str = option("dotted name of the optimiser")
+    kwargs: dict[str, Any] = option("its arguments; lr is the base rate")
+    param_groups: dict[str, Any] = option("name -> {re: pattern of weight names, and arguments for these weights}")
+    force_train: list[str] = option("patterns of weight names that are trained although their module says no")
+    force_no_train: list[str] = option("patterns of weight names that are kept fixed")
+    grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
+
+
+@dataclass
+class SchedulerConfig:
+    """The schedule of the learning rate."""
+
+    class_: str = option("dotted name of an Ignite or PyTorch scheduler")
+    kwargs: dict[str, Any] = option("its arguments, without the optimiser", {})
+    terminate_on_low_lr: float | None = option("end the training when the base rate falls below this", None)
+    unit: str | None = option("one step per iteration, epoch or validation; null: Ignite iteration, torch epoch", None)
+
+
+@dataclass
+class TrainerConfig:
+    """The loop."""
+
+    epochs: int = option("number of epochs")
+
+
+@dataclass
+class CheckpointKwargsConfig:
+    """How checkpoints are kept."""
+
+    n_saved: int = option("number of checkpoints kept")
+    require_empty: bool = option("refuse a folder that already holds checkpoints of this prefix")
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints during training."""
+
+    dirname: Path = option("folder of checkpoints, metrics.jsonl and metrics.csv")
+    filename_prefix: str = option("start of the checkpoints' names")
+    save_best: bool = option("keep the checkpoints of lowest validation loss (else the latest)")
+    kwargs: CheckpointKwargsConfig = field(default_factory=CheckpointKwargsConfig)
+
+
+@dataclass
+class LogFrequencyConfig:
+    """How often numbers are logged."""
+
+    train: int = option("iterations between reports of the training loss")
+    val: int | None = option("iterations between validations, besides the one after each epoch; null: none")
+
+
+@dataclass
+class WandbInitConfig:
+    """Arguments of ``wandb.init``."""
+
+    name: str | None = option("name of the run; null: run_name", None)
+    mode: str = option("online, offline or disabled", "online")
+    entity: str | None = option("user or team", None)
+    project: str | None = option("project; null: project_name", None)
+    notes: str | None = option("free text", None)
+    group: str | None = option("group of runs", None)
+    tags: list[str] = option("labels of the run", [])
+    dir: Path | None = option("folder for wandb's files; null: checkpoint.dirname", None)
+
+
+@dataclass
+class WatchModelConfig:
+    """Arguments of ``wandb.watch``."""
+
+    log: str = option("gradients, parameters or all", "gradients")
+    log_freq: int = option("iterations between histograms", 1000)
+    log_graph: bool = option("log the graph of modules", False)
+
+
+@dataclass
+class WandbConfig:
+    """Logging to Weights & Biases."""
+
+    init: WandbInitConfig = field(default_factory=WandbInitConfig)
+    watch_model: WatchModelConfig | None = option("histograms of weights and gradients; null: none", None)
+
+
+@dataclass
+class MetricsConfig:
+    """Validation metrics."""
+
+    class_: str = option("dotted name of the metric")
+    kwargs: dict[str, Any] = option("its arguments; cfg: {property: {abbr, scale, peratom, mult}}")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a training run is told, apart from the model and the names of files on the command line."""
+
+    run_name: str | None = option("name of the run; null: the time of its start")
+    project_name: str | None = option("name of the project; null: the working folder")
+    seed: int = option("seed of every random choice")
+    device: str = option("auto (a GPU if there is one), cpu, cuda or cuda:N")
+    fidelity_offset: int = option("element type = Z + fidelity x offset")
+    use_fidelity_readouts: bool = option("readouts of their own for every fidelity (else shared)")
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig | None = option("schedule of the learning rate; null: constant rate")
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_frequency: LogFrequencyConfig = field(default_factory=LogFrequencyConfig)
+    wandb: WandbConfig | None = option("logging to Weights & Biases; null: none")
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def named_fidelities(config: TrainConfig) -> dict[str, FidelityConfig]:
+    """Return the fidelities of a run by name, in the order of their numbers, whichever form the settings have.
+
+    Without ``data.fidelities`` the names are ``fid0``, ``fid1`` ...
+    """
+    data = config.data
+    if data.fidelities:
+        return data.fidelities
+    sae = data.sae.energy if data.sae is not None else None
+    files = {} if sae is None else sae.files if sae.file is None else {0: sae.file}
+    return {
+        f"fid{f}": FidelityConfig(
+            files=data.fidelity_datasets[f],
+            val_files=(data.val_fidelity_datasets or {}).get(f),
+            weight=data.fidelity_weights.get(f, 1.0),
+            sae=files.get(f),
+        )
+        for f in sorted(data.fidelity_datasets)
+    }
+
+
+def yaml_key(name: str) -> str:
+    """Name of a field in YAML: ``class_`` stands for ``class``, which Python reserves."""
+    return name.removesuffix("_")
+
+
+def to_dict(config: Any) -> Any:
+    """Return a configuration (or a part of it) as plain mappings, lists and values, as a YAML file would hold it."""
+    if is_dataclass(config):
+        return {yaml_key(f.name): to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Return the settings as text that `load_config` reads as the same settings.
+
+    PyYAML by itself writes the text 1e5 without quotes, which is read as a number.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
