@@ -147,6 +147,7 @@ class GradClipConfig:
     """Gradient clipping."""
 
     max_norm: float | None = option("largest norm of the gradient of all weights together; null: no clipping")
+    max_value: float | None = option("largest absolute value of a component of the gradient; null: no clipping")
 
 
 @dataclass
@@ -158,7 +159,17 @@ class OptimizerConfig:
     param_groups: dict[str, Any] = option("name -> {re: pattern of weight names, and arguments for these weights}")
     force_train: list[str] = option("patterns of weight names that are trained although their module says no")
     force_no_train: list[str] = option("patterns of weight names that are kept fixed")
+    freeze_backbone: bool = option("keep what all fidelities share fixed; their embedding rows and readouts learn")
+    freeze_fidelities: list[str] = option("names of fidelities whose embedding rows and readouts are kept fixed")
     grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
+
+
+@dataclass
+class WarmupConfig:
+    """Learning rates that grow linearly at the beginning, under any schedule."""
+
+    iterations: int = option("steps of the optimiser until the full rate is reached", 1000)
+    start: float = option("share of the rate at the first step, in (0, 1]", 0.01)
 
 
 @dataclass
@@ -166,9 +177,30 @@ class SchedulerConfig:
     """The schedule of the learning rate."""
 
     class_: str = option("dotted name of an Ignite or PyTorch scheduler")
-    kwargs: dict[str, Any] = option("its arguments, without the optimiser", {})
+    kwargs: dict[str, Any] = option(
+        "its arguments, without the optimiser; the word total stands for all steps of the run; metric_name of a "
+        "plateau is a validation metric or {metric: weight}",
+        {},
+    )
     terminate_on_low_lr: float | None = option("end the training when the base rate falls below this", None)
     unit: str | None = option("one step per iteration, epoch or validation; null: Ignite iteration, torch epoch", None)
+    warmup: WarmupConfig | None = option("growth of the rates at the beginning; null: none", None)
+
+
+@dataclass
+class EMAConfig:
+    """Running average of the weights, which is what is validated and saved."""
+
+    decay: float = option("what a step keeps of the average, in [0, 1); less during the first steps", 0.999)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """The end of a training that gets no better."""
+
+    patience: int = option("validations without improvement before the end", 20)
+    min_delta: float = option("smallest decrease that counts as improvement", 0.0)
+    monitor: Any = option("validation metric or {metric: weight}, low is good; null: checkpoint.monitor", None)
 
 
 @dataclass
@@ -176,6 +208,13 @@ class TrainerConfig:
     """The loop."""
 
     epochs: int = option("number of epochs")
+    accumulate: int = option("batches of each process that make one step of the optimiser")
+    precision: str = option("float32, float64, or bf16 (matrix products of the networks in bfloat16)")
+    ema: EMAConfig | None = option("running average of the weights; null: none")
+    compile: bool = option("compile the evaluation of energies and forces with torch.compile")
+    deterministic: bool = option("refuse operations whose result may differ from run to run (on GPUs)")
+    max_skipped: int = option("steps in a row that may be skipped because loss or gradient is not finite")
+    early_stopping: EarlyStoppingConfig | None = option("end when validation gets no better; null: never")
 
 
 @dataclass
@@ -190,9 +229,13 @@ class CheckpointKwargsConfig:
 class CheckpointConfig:
     """Checkpoints during training."""
 
-    dirname: Path = option("folder of checkpoints, metrics.jsonl and metrics.csv")
+    dirname: Path = option("folder of the run: settings, log, metrics, checkpoints, report")
     filename_prefix: str = option("start of the checkpoints' names")
-    save_best: bool = option("keep the checkpoints of lowest validation loss (else the latest)")
+    save_best: bool = option("keep the checkpoints that are best by monitor, and save the best (else the latest)")
+    monitor: Any = option("validation metric such as loss or ccsd/F_mae, or {metric: weight}; low is good")
+    every_iterations: int | None = option("steps between checkpoints to resume from; null: by time alone")
+    every_minutes: float | None = option("minutes between checkpoints to resume from; null: by steps alone")
+    keep_last: int = option("number of checkpoints to resume from that are kept, 1 or more")
     kwargs: CheckpointKwargsConfig = field(default_factory=CheckpointKwargsConfig)
 
 
@@ -236,6 +279,13 @@ class WandbConfig:
 
 
 @dataclass
+class TensorBoardConfig:
+    """Logging to TensorBoard."""
+
+    dir: Path | None = option("folder for its files; null: tensorboard in the folder of the run", None)
+
+
+@dataclass
 class MetricsConfig:
     """Validation metrics."""
 
@@ -253,6 +303,9 @@ class TrainConfig:
     device: str = option("auto (a GPU if there is one), cpu, cuda or cuda:N")
     fidelity_offset: int = option("element type = Z + fidelity x offset")
     use_fidelity_readouts: bool = option("readouts of their own for every fidelity (else shared)")
+    init_from: dict[str, str] = option(
+        "fidelity -> fidelity of the loaded checkpoint that it starts from; others: same name, else the closest"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -261,7 +314,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_frequency: LogFrequencyConfig = field(default_factory=LogFrequencyConfig)
     wandb: WandbConfig | None = option("logging to Weights & Biases; null: none")
+    tensorboard: TensorBoardConfig | None = option("logging to TensorBoard; null: none")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    report: bool = option("evaluate the validation data at the end and write report/")
 
 
 def named_fidelities(config: TrainConfig) -> dict[str, FidelityConfig]:

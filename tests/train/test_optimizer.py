@@ -29,7 +29,9 @@ def optimizer_config(**changes):
         "param_groups": {},
         "force_train": [],
         "force_no_train": [],
-        "grad_clip": GradClipConfig(max_norm=None),
+        "freeze_backbone": False,
+        "freeze_fidelities": [],
+        "grad_clip": GradClipConfig(max_norm=None, max_value=None),
     }
     return OptimizerConfig(**{**settings, **changes})
 
