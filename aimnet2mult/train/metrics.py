@@ -4,13 +4,16 @@
 
 A value is one energy, one component of one force, one charge; padding and missing labels are no values. Sums are kept
 in float64 and added up over processes before the division, so results do not depend on how molecules are spread over
-batches and processes. A property without any label is absent from the result.
+batches and processes. A property without any label is absent from the result. While batches are added, nothing waits
+for the device.
+
+`error_names` and `loss_names` say what the numbers are called, `RegMultiMetric.units` in which units they are.
 """
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.nbops import BATCH_KEYS, mask_padding, mol_sum
 from aimnet2mult.train.loss import Batch, MTLoss, label_error, label_mask, n_atoms
+from aimnet2mult.utils.units import EV_KCAL_MOL, EV_KJ_MOL
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,15 @@ PROPERTY_OPTIONS = ("abbr", "scale", "peratom", "mult")
 
 PER_ATOM = "energy"
 """Property whose error divided by the number of atoms is reported, too."""
+
+MEASURES = ("mae", "rmse")
+"""What is reported of an error."""
+
+ENERGY_UNITS = {"eV": 1.0, "meV": 1000.0, "kcal/mol": EV_KCAL_MOL, "kJ/mol": EV_KJ_MOL}
+"""Units of energy that a property's ``scale`` may stand for: how many make one eV."""
+
+UNIT_TOLERANCE = 1e-3
+"""How far, relatively, a ``scale`` may be from the factor of the unit that it stands for."""
 
 
 class DictMetric(Metric):
@@ -67,6 +80,8 @@ class RegMultiMetric(DictMetric):
         - ``mult``: number of components, 3 for forces (default: what the label has; anything else is refused).
     fidelity_names : mapping, optional
         Fidelity -> prefix of its results (default ``fid0``, ``fid1`` ...).
+    num_fidelities : int, optional
+        Number of fidelities that may occur. Without it each batch is asked, which on a GPU waits for the batch.
 
     Raises
     ------
@@ -74,91 +89,172 @@ class RegMultiMetric(DictMetric):
         An unknown option or one of the wrong type; two properties with the same ``abbr``.
     """
 
-    def __init__(self, cfg: Mapping[str, Mapping[str, Any]], fidelity_names: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Mapping[str, Mapping[str, Any]],
+        fidelity_names: Mapping[int, str] | None = None,
+        num_fidelities: int | None = None,
+    ) -> None:
         self.properties = {key: _property(key, options) for key, options in cfg.items()}
         names = [options["abbr"] for options in self.properties.values()]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"metrics.cfg: two properties have the abbr {name}")
         self.fidelity_names = dict(fidelity_names or {})
+        self.num_fidelities = num_fidelities
+        self.rows = _error_rows(self.properties)
         self._said: set[str] = set()
         super().__init__()
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Unit of each number, by its name without fidelity: ``{"E_mae": "kcal/mol", "F_rmse": "kcal/mol/Å"}``."""
+        return {f"{row.label}_{measure}": row.unit for row in self.rows for measure in MEASURES}
 
     @reinit__is_reduced
     def reset(self) -> None:
         """Forget everything."""
-        # property -> (F, 3): number of values, sum of absolute errors, sum of squares, for each fidelity
-        self._sums: dict[str, Tensor] = {}
+        # (R, F, 3): for each kind of error and fidelity the number of values, sum of absolute errors, sum of squares
+        self._sums = torch.zeros(len(self.rows), self.num_fidelities or 0, 3, dtype=torch.float64)
+        # (P,): molecules with a label of a property that the model does not predict
+        self._unpredicted = torch.zeros(len(self.properties), dtype=torch.float64)
 
     @reinit__is_reduced
     @torch.no_grad()
     def update(self, output: tuple[Batch, Batch]) -> None:
         """Add a batch ``(y_pred, y_true)``."""
         y_pred, y_true = output
-        for key, options in self.properties.items():
+        device = y_pred["numbers"].device
+        self._sums, self._unpredicted = self._sums.to(device), self._unpredicted.to(device)
+        for p, (key, options) in enumerate(self.properties.items()):
             if key not in y_true:
                 continue
-            if key not in y_pred:
-                self._say_once(key, label_mask(y_true, key))
-                continue
-            self._update_property(key, options, y_pred, y_true)
+            if key in y_pred:
+                self._add(key, self._property_sums(key, options, y_pred, y_true), y_pred)
+            else:
+                self._unpredicted[p] += label_mask(y_true, key).sum()
 
-    def _say_once(self, key: str, mask: Tensor) -> None:
-        if key not in self._said and bool(mask.any()):
-            self._said.add(key)
-            logger.warning("metrics: the data have labels for %s but the model does not predict it", key)
-
-    def _update_property(self, key: str, options: Mapping[str, Any], y_pred: Batch, y_true: Batch) -> None:
+    def _property_sums(self, key: str, options: Mapping[str, Any], y_pred: Batch, y_true: Batch) -> Tensor:
+        """Return number of values, Σ|e| and Σe² of each molecule, zero where it has no label; (B, 3) float64."""
         mask = label_mask(y_true, key)
         error = label_error(y_pred[key], y_true[key], mask, y_pred, options["peratom"], key)
         error = error.to(torch.float64)
-        values, absolute, squares = per_molecule_sums(error, y_pred, options["peratom"])
         components = math.prod(error.shape[y_pred["numbers"].dim() if options["peratom"] else 1 :])
         if options["mult"] is not None and options["mult"] != components:
             raise ValueError(
                 f"metrics.cfg.{key}.mult: {options['mult']:g} components expected, the label has {components}"
             )
-        self._add(key, torch.stack([values, absolute, squares], dim=1).masked_fill(~mask.unsqueeze(1), 0.0), y_pred)
-        if key == PER_ATOM:
-            size = n_atoms(y_pred).clamp(min=1)
-            rows = torch.stack([values, absolute / size, squares / size**2], dim=1)
-            self._add(f"{key}/atom", rows.masked_fill(~mask.unsqueeze(1), 0.0), y_pred)
+        sums = torch.stack(per_molecule_sums(error, y_pred, options["peratom"]), dim=1)
+        return sums.masked_fill(~mask.unsqueeze(1), 0.0)
 
-    def _add(self, name: str, rows: Tensor, y_pred: Batch) -> None:
-        """Add sums of each molecule (B, 3) to those of its fidelity."""
+    def _add(self, key: str, sums: Tensor, y_pred: Batch) -> None:
+        """Add sums of each molecule (B, 3) to those of its fidelity, in each kind of error of the property."""
         fidelities = y_pred.get("_fidelities")
         if fidelities is None:
-            fidelities = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        n_fidelities = int(fidelities.max()) + 1 if len(fidelities) else 0
-        sums = _grown(self._sums.get(name, rows.new_zeros(0, 3)), n_fidelities)
-        self._sums[name] = sums.index_add(0, fidelities.long(), rows)
+            fidelities = torch.zeros(len(sums), dtype=torch.long, device=sums.device)
+        if self.num_fidelities is None and len(fidelities):
+            self._sums = _grown(self._sums, int(fidelities.max()) + 1)
+        for r, row in enumerate(self.rows):
+            if row.key == key:
+                values = sums / _powers(n_atoms(y_pred).clamp(min=1)) if row.per_atom else sums
+                self._sums[r].index_add_(0, fidelities.long(), values)
 
     def compute(self) -> dict[str, float]:
         """Return MAE and RMSE: ``{abbr}_mae``, ``{abbr}_rmse`` and ``fid0/{abbr}_mae`` ..., over all processes.
 
         The energy has ``{abbr}_per_atom_mae`` and ``..._rmse`` besides.
         """
-        result = {}
-        for key, options in self.properties.items():
-            result.update(self._results(key, options["abbr"], options["scale"]))
-            if key == PER_ATOM:
-                result.update(self._results(f"{key}/atom", f"{options['abbr']}_per_atom", options["scale"]))
-        return result
-
-    def _results(self, name: str, label: str, scale: float) -> dict[str, float]:
-        sums = self._sums.get(name, torch.zeros(0, 3, dtype=torch.float64))
+        sums, unpredicted = self._sums, self._unpredicted
         if idist.get_world_size() > 1:
             # A process may have met fewer fidelities than another.
-            sums = _grown(sums, int(idist.all_reduce(len(sums), op="MAX")))
-            if len(sums):
-                reduced = idist.all_reduce(sums.clone())
-                assert isinstance(reduced, Tensor)
-                sums = reduced
-        result = _errors(sums.sum(dim=0), label, scale)
-        for fidelity, row in enumerate(sums):
-            prefix = self.fidelity_names.get(fidelity, f"fid{fidelity}")
-            result.update(_errors(row, f"{prefix}/{label}", scale))
+            sums = _grown(sums, int(idist.all_reduce(sums.shape[1], op="MAX")))
+            sums, unpredicted = _over_processes(sums), _over_processes(unpredicted)
+        self._say_once(unpredicted)
+        result = {}
+        for row, parts in zip(self.rows, sums.cpu(), strict=True):
+            result.update(_errors(parts.sum(dim=0), row))
+            for fidelity, part in enumerate(parts):
+                result.update(_errors(part, row, f"{self.fidelity_names.get(fidelity, f'fid{fidelity}')}/"))
         return result
+
+    def _say_once(self, unpredicted: Tensor) -> None:
+        for key, count in zip(self.properties, unpredicted.tolist(), strict=True):
+            if count and key not in self._said:
+                self._said.add(key)
+                logger.warning("metrics: the data have labels for %s but the model does not predict it", key)
+
+
+class _ErrorRow(NamedTuple):
+    """A kind of error: what is reported about a property, or about it divided by the number of atoms."""
+
+    key: str
+    label: str
+    scale: float
+    unit: str
+    per_atom: bool
+
+
+def _error_rows(properties: Mapping[str, Mapping[str, Any]]) -> list[_ErrorRow]:
+    rows = []
+    for key, options in properties.items():
+        label, scale = options["abbr"], options["scale"]
+        unit = _unit(key, scale)
+        rows.append(_ErrorRow(key, label, scale, unit, False))
+        if key == PER_ATOM:
+            rows.append(_ErrorRow(key, f"{label}_per_atom", scale, f"{unit}/atom", True))
+    return rows
+
+
+def _unit(key: str, scale: float) -> str:
+    """Return the unit of a property's errors, which are those of the batch times ``scale``."""
+    unit = BATCH_KEYS[key].unit if key in BATCH_KEYS else "units of the data"
+    name = next((name for name, factor in ENERGY_UNITS.items() if abs(scale / factor - 1) < UNIT_TOLERANCE), None)
+    if "eV" in unit and name is not None:
+        return unit.replace("eV", name)
+    return unit if scale == 1 else f"{scale:g} {unit}"
+
+
+def error_names(cfg: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the errors over all fidelities that `RegMultiMetric` reports: ``E_mae``, ``F_rmse``.
+
+    Parameters
+    ----------
+    cfg : mapping
+        As for `RegMultiMetric`.
+
+    Raises
+    ------
+    ValueError
+        As `RegMultiMetric`.
+    """
+    return list(RegMultiMetric(cfg).units)
+
+
+def metrics_table(metrics: Mapping[str, float], units: Mapping[str, str] | None = None) -> str:
+    """Return validation metrics as a table: a column for each error, a row for all data and for each fidelity.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Name -> value; losses are left out.
+    units : mapping, optional
+        Name without fidelity -> unit (`RegMultiMetric.units`), shown beneath the names.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in metrics.items():
+        if not name.endswith("loss"):
+            fidelity, _, error = name.rpartition("/")
+            rows.setdefault(fidelity or "all", {})[error] = f"{value:.4g}"
+    errors = list(dict.fromkeys(error for row in rows.values() for error in row))
+    if units is not None:
+        rows = {"": {error: units.get(error, "") for error in errors}, **rows}
+    widths = [max(9, len(error), *(len(row.get(error, "")) for row in rows.values())) for error in errors]
+    names = max([8, *(len(fidelity) + 1 for fidelity in rows)])
+    lines = [" " * names + " ".join(f"{error:>{width}}" for error, width in zip(errors, widths, strict=True))]
+    for fidelity, row in rows.items():
+        cells = (row.get(error, "-").rjust(width) for error, width in zip(errors, widths, strict=True))
+        lines.append(f"{fidelity:<{names}}" + " ".join(cells))
+    return "\n".join(lines)
 
 
 def per_molecule_sums(error: Tensor, y_pred: Batch, atomic: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,18 +285,31 @@ def per_molecule_sums(error: Tensor, y_pred: Batch, atomic: bool) -> tuple[Tenso
     return counts, mol_sum(per_atom.abs().sum(-1), batch), mol_sum(per_atom.pow(2).sum(-1), batch)
 
 
-def _grown(sums: Tensor, n_rows: int) -> Tensor:
-    """Add rows of zeros until there are at least ``n_rows``."""
-    missing = max(n_rows - len(sums), 0)
-    return torch.cat([sums, sums.new_zeros(missing, 3)]) if missing else sums
+def _powers(size: Tensor) -> Tensor:
+    """Divisors (1, n, n²) of (count, Σ|e|, Σe²) that make errors per atom of errors per molecule; (B, 3) float64."""
+    return size.to(torch.float64).unsqueeze(1) ** torch.arange(3, device=size.device)
 
 
-def _errors(row: Tensor, label: str, scale: float) -> dict[str, float]:
+def _grown(sums: Tensor, n_fidelities: int) -> Tensor:
+    """Add zeros until the second axis has at least ``n_fidelities`` entries."""
+    missing = max(n_fidelities - sums.shape[1], 0)
+    return torch.cat([sums, sums.new_zeros(sums.shape[0], missing, 3)], dim=1) if missing else sums
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    """Return the sum over processes."""
+    total = idist.all_reduce(sums.clone())
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _errors(sums: Tensor, row: _ErrorRow, prefix: str = "") -> dict[str, float]:
     """MAE and RMSE of (count, Σ|e|, Σe²); nothing without a value."""
-    count, absolute, squares = row.tolist()
+    count, absolute, squares = sums.tolist()
     if count == 0:
         return {}
-    return {f"{label}_mae": scale * absolute / count, f"{label}_rmse": scale * math.sqrt(squares / count)}
+    values = (row.scale * absolute / count, row.scale * math.sqrt(squares / count))
+    return {f"{prefix}{row.label}_{measure}": value for measure, value in zip(MEASURES, values, strict=True)}
 
 
 def _property(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,17 +373,17 @@ class LossMetric(DictMetric):
 
     def compute(self) -> dict[str, float]:
         """Return the loss and its components over all processes; components without a label are absent."""
-        sums = self._sums
-        if idist.get_world_size() > 1:
-            reduced = idist.all_reduce(sums.clone())
-            assert isinstance(reduced, Tensor)
-            sums = reduced
-        total, counts = sums
+        sums = _over_processes(self._sums) if idist.get_world_size() > 1 else self._sums
+        total, counts = sums.cpu()
         if not bool(counts.any()):
             return {}
         values = total / counts.clamp(min=1)
-        result = {"loss": float(self.loss_fn.total(values))}
-        for name, value, count in zip(self.loss_fn.functions, values.tolist(), counts.tolist(), strict=True):
-            if count:
-                result[f"{name}_loss"] = value
-        return result
+        numbers = [float(self.loss_fn.total(values)), *values.tolist()]
+        found = [1, *counts.tolist()]
+        names = loss_names(self.loss_fn.functions)
+        return {name: number for name, number, count in zip(names, numbers, found, strict=True) if count}
+
+
+def loss_names(components: Iterable[str]) -> list[str]:
+    """Return the names of the loss and its components as `LossMetric` reports them."""
+    return ["loss", *(f"{name}_loss" for name in components)]
