@@ -40,7 +40,7 @@ from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.sgdataset import dataset_writer
 from aimnet2mult.models.base import build_model, load_model_config, versions
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.engine import make_trainer
+from aimnet2mult.train.engine import make_step
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.utils.cli import user_errors
 from aimnet2mult.utils.files import check_writable, write_text_atomic
@@ -253,12 +253,12 @@ def training(
     small = Path(__file__).parents[1] / "examples" / "config" / "model_small.yaml"
     model = Forces(build_model(load_model_config(None if full_size else small), num_fidelities=len(LEVELS)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    trainer = make_trainer(model, optimizer, MTLoss(LOSS), "cpu", max_grad_norm=1.0)
+    take_step = make_step(model, optimizer, MTLoss(LOSS), "cpu", max_grad_norm=1.0)
     seconds, sizes = [], []
     for _ in range(steps):
         batch = next(batches)
         start = time.perf_counter()
-        trainer.run([batch], max_epochs=1)
+        take_step([batch])
         seconds.append(time.perf_counter() - start)
         sizes.append(len(batch[0]["numbers"]))
     after_steps = memory()

@@ -19,14 +19,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from ignite.engine import Engine
 
 from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_model_config, versions
 from aimnet2mult.modules import Forces
 from aimnet2mult.train import engine
-from aimnet2mult.train.engine import Batch, make_trainer
+from aimnet2mult.train.engine import Batch, Step
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.utils.cli import user_errors
 from aimnet2mult.utils.files import check_writable, write_text_atomic
@@ -78,10 +77,10 @@ def share_of_atoms(batches: list[tuple[Batch, Batch]]) -> float:
     return labelled / sum(int((x["numbers"] > 0).sum()) for x, _ in batches)
 
 
-def make_step(model: Forces, components: dict, device: torch.device) -> Engine:
+def make_step(model: Forces, components: dict, device: torch.device) -> Step:
     """Make a training step that leaves the weights as they are, so that all steps do the same work."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    return make_trainer(model, optimizer, MTLoss(components), device, max_grad_norm=10.0)
+    return engine.make_step(model, optimizer, MTLoss(components), device, max_grad_norm=10.0)
 
 
 def seconds(device: torch.device) -> float:
@@ -115,7 +114,7 @@ def measure(
             for name, (step, labelled, min_atoms) in kinds.items():
                 engine.MIN_ATOMS_APART = dict.fromkeys(engine.MIN_ATOMS_APART, min_atoms)
                 start = seconds(device)
-                step.run([labelled[i]], max_epochs=1)
+                step([labelled[i]])
                 if turn >= 0:
                     times[name][i].append(seconds(device) - start)
 

@@ -1,13 +1,28 @@
-"""Ignite engines: one training step, one evaluation step. What happens between steps is attached by the runner."""
+"""One step of the optimiser, and one evaluation of a dataset. What happens between steps is the business of the loop.
 
-from collections.abc import Mapping
+A step takes a list of batches on each process and goes where the one batch would go that all of them make up
+together. With n_bk molecules that have label k in batch b, W processes and L_bk the mean over the molecules of b,
 
+    L_k = Σ_b n_bk L_bk / Σ_b n_bk                      over all batches of all processes
+
+so each batch goes backward with its own L_bk times W n_bk / Σ n_bk: gradients add up over the batches of a process
+and are averaged over processes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from aimnet2mult.config.builder import nearest
 from aimnet2mult.modules import BatchPart
 from aimnet2mult.nbops import real_atoms
 from aimnet2mult.train.loss import MTLoss, label_mask
@@ -23,12 +38,28 @@ operations per step. On a CPU the two were equal at 20 to 40 atoms, for the smal
 for GPUs is an estimate: about 700 more kernels, 5 ms, against 2 µs per atom."""
 
 
-class NotFiniteError(ValueError):
-    """A training step whose loss or gradient is infinite or NaN."""
+BATCH_TYPES: dict[str, torch.dtype | None] = {"float32": None, "float64": torch.float64, "bf16": None}
+"""Type of a batch's real numbers for each ``trainer.precision``; None leaves them as they are read."""
+
+
+def batch_type(precision: str) -> torch.dtype | None:
+    """Type of a batch's real numbers, a value of `BATCH_TYPES`.
+
+    Raises
+    ------
+    ValueError
+        An unknown ``precision``.
+    """
+    if precision not in BATCH_TYPES:
+        raise ValueError(f"trainer.precision: unknown precision {precision}; {nearest(precision, list(BATCH_TYPES))}")
+    return BATCH_TYPES[precision]
 
 
 def prepare_batch(
-    batch: tuple[Batch, Batch], device: str | torch.device, non_blocking: bool = False
+    batch: tuple[Batch, Batch],
+    device: str | torch.device,
+    non_blocking: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Batch, Batch]:
     """Move inputs and labels of a batch to a device.
 
@@ -40,17 +71,21 @@ def prepare_batch(
         Where to.
     non_blocking : bool
         Do not wait for the copy (of pinned memory).
+    dtype : torch.dtype, optional
+        Type of all real numbers; default: each keeps its own.
 
     Returns
     -------
     tuple
         ``(x, y)``, new dictionaries.
     """
+
+    def moved(value: Tensor) -> Tensor:
+        new_type = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        return value.to(device=device, dtype=new_type, non_blocking=non_blocking)
+
     x, y = batch
-    return (
-        {key: value.to(device, non_blocking=non_blocking) for key, value in x.items()},
-        {key: value.to(device, non_blocking=non_blocking) for key, value in y.items()},
-    )
+    return {key: moved(value) for key, value in x.items()}, {key: moved(value) for key, value in y.items()}
 
 
 def force_parts(x: Batch, y: Batch, min_atoms: int = 1) -> tuple[BatchPart, BatchPart] | None:
@@ -87,6 +122,7 @@ def predict(
     forces_wanted: bool,
     device: str | torch.device,
     non_blocking: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Batch, Batch]:
     """Move a batch to a device and evaluate it there.
 
@@ -99,7 +135,7 @@ def predict(
     forces_wanted : bool
         Whether anyone uses forces; if so, they are computed for the molecules that have a force label, and the others
         (`force_parts`) cost no more than their energy.
-    device, non_blocking
+    device, non_blocking, dtype
         As in `prepare_batch`.
 
     Returns
@@ -111,11 +147,71 @@ def predict(
     compute_forces = forces_wanted and "forces" in y
     kind = "cpu" if torch.device(device).type == "cpu" else "gpu"
     parts = force_parts(x, y, MIN_ATOMS_APART[kind]) if compute_forces else None
-    x, y = prepare_batch(batch, device, non_blocking)
+    x, y = prepare_batch(batch, device, non_blocking, dtype)
     return {**x, **model(x, compute_forces=compute_forces, parts=parts)}, y
 
 
-def make_trainer(
+def label_shares(loss_fn: MTLoss, labels: Sequence[Batch], device: str | torch.device) -> Tensor:
+    """Factors that make means over the molecules of batches add up to the mean over all molecules.
+
+    Parameters
+    ----------
+    loss_fn : MTLoss
+        The loss with K components.
+    labels : sequence of dict
+        Labels and masks of the M batches of this process, on the CPU.
+    device : str or torch.device
+        Where the result goes, and where processes exchange tensors.
+
+    Returns
+    -------
+    Tensor
+        W n_bk / Σ n_bk, (M, K) float64: labelled molecules of a batch, times the number of processes, over the
+        labelled molecules of all batches of all processes. Zero where nobody has the label.
+    """
+    counts = torch.stack([loss_fn.counts(y) for y in labels]).to(device, non_blocking=True)
+    return counts * idist.get_world_size() / _sum_over_processes(counts.sum(dim=0)).clamp(min=1)
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if idist.get_world_size() == 1:
+        return values
+    total = idist.all_reduce(values)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _sharing_gradients(model: nn.Module, share: bool) -> AbstractContextManager[None]:
+    """Context of a forward and backward pass whose gradients processes average, or each keeps for itself."""
+    if share or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step of the optimiser; the same on every process.
+
+    Attributes
+    ----------
+    losses : dict
+        ``loss`` and each component, over all batches of all processes; float64 scalars on the CPU.
+    grad_norm : Tensor
+        Norm of the gradient of all weights together, before clipping; float64 scalar on the CPU.
+    applied : bool
+        False: loss or gradient were infinite or NaN somewhere, and nothing was changed anywhere.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    applied: bool
+
+
+Step = Callable[[Sequence[tuple[Batch, Batch]]], StepResult]
+"""One step of the optimiser over batches ``(x, y)``, as many on one process as on another."""
+
+
+def make_step(
     model: nn.Module,
     optimizer: Optimizer,
     loss_fn: MTLoss,
@@ -124,11 +220,15 @@ def make_trainer(
     max_grad_norm: float | None = None,
     max_grad_value: float | None = None,
     non_blocking: bool = False,
-) -> Engine:
-    """Make the engine whose iteration is one step of the optimiser.
+    precision: str = "float32",
+) -> Step:
+    """Make the function that takes one step of the optimiser.
 
     Forces, and the second derivatives that learning from them takes, are computed only for the molecules that have a
     force label (`predict`), and only if the loss uses forces.
+
+    A step whose loss or gradient is not finite on one process is left out on all of them: weights, state of the
+    optimiser and factors of the loss are afterwards what they were before, bit by bit.
 
     Parameters
     ----------
@@ -146,51 +246,67 @@ def make_trainer(
         Clip each component of the gradient to this absolute value, after the norm.
     non_blocking : bool
         As in `prepare_batch`.
+    precision : str
+        ``trainer.precision``, a key of `BATCH_TYPES`; the model is already what it says.
 
     Returns
     -------
-    Engine
-        Its output is the dictionary of the loss (``loss`` and each component) and ``grad_norm`` (before clipping),
-        as detached scalars on the device.
+    Step
+        Takes a list of one or more batches as `data.collate` makes them, returns a `StepResult`.
 
     Raises
     ------
-    NotFiniteError
-        In a step whose loss or gradient is not finite, before the weights are changed. The message names iteration,
-        epoch and the parts of the loss.
+    ValueError
+        An unknown ``precision``. From the step: no batches, or one without a label or prediction that the loss needs.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    dtype = batch_type(precision)
     loss_fn.to(device)
     forces_wanted = loss_fn.needs("forces")
 
-    def step(engine: Engine, batch: tuple[Batch, Batch]) -> dict[str, Tensor]:
+    def backward(batches: Sequence[tuple[Batch, Batch]]) -> Tensor:
+        """Leave the gradient of all batches in the weights; return this process's part of the components, (K,)."""
+        shares = label_shares(loss_fn, [y for _, y in batches], device)
+        values = torch.zeros_like(shares[0])
+        for i, batch in enumerate(batches, start=1):
+            with _sharing_gradients(model, i == len(batches)):
+                y_pred, y_true = predict(model, batch, forces_wanted, device, non_blocking, dtype)
+                losses = loss_fn(y_pred, y_true, shares[i - 1])
+                losses["loss"].backward()
+            values = values + torch.stack([losses[name] for name in loss_fn.functions])
+        return values
+
+    def step(batches: Sequence[tuple[Batch, Batch]]) -> StepResult:
+        if not batches:
+            raise ValueError("a step needs one batch or more")
         model.train()
         loss_fn.train()
         optimizer.zero_grad(set_to_none=True)
-        y_pred, y_true = predict(model, batch, forces_wanted, device, non_blocking)
-        losses = loss_fn(y_pred, y_true)
-        losses["loss"].backward()
+        values = backward(batches)
         # With an infinite limit the norm is measured and nothing is clipped.
-        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
-        output = {**{key: value.detach() for key, value in losses.items()}, "grad_norm": norm.detach()}
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+        values, finite = _agreed(values, norm)
         # The one wait for the device in a step; the whole of it is queued by now.
-        if not bool(torch.isfinite(output["loss"]) & torch.isfinite(norm)):
-            raise NotFiniteError(_not_finite(engine, output))
-        if max_grad_value is not None:
-            nn.utils.clip_grad_value_(parameters, max_grad_value)
-        optimizer.step()
-        return output
+        report = torch.stack([finite, norm.to(values), loss_fn.combine(values), *values]).cpu()
+        applied = bool(report[0])
+        if applied:
+            if max_grad_value is not None:
+                nn.utils.clip_grad_value_(parameters, max_grad_value)
+            optimizer.step()
+            loss_fn.adapt(values)
+        return StepResult(dict(zip(("loss", *loss_fn.functions), report[2:], strict=True)), report[1], applied)
 
-    return Engine(step)
+    return step
 
 
-def _not_finite(engine: Engine, output: Mapping[str, Tensor]) -> str:
-    what = "gradient" if bool(torch.isfinite(output["loss"])) else "loss"
-    values = ", ".join(f"{key} {value.item():.4g}" for key, value in output.items())
-    return (
-        f"the {what} is not finite in iteration {engine.state.iteration} (epoch {engine.state.epoch}): {values}. "
-        "Look for wrong labels in the data, or lower the learning rate."
-    )
+def _agreed(values: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Components (K,) over all processes, and 1 if they and the gradient are finite on all processes, else 0.
+
+    The gradient alone, which processes share, does not tell: a value may be NaN where its gradient is zero.
+    """
+    bad = ~(torch.isfinite(values).all() & torch.isfinite(grad_norm))
+    everywhere = _sum_over_processes(torch.cat([values, bad.to(values).unsqueeze(0)])) / idist.get_world_size()
+    return everywhere[:-1], (everywhere[-1] == 0).to(values)
 
 
 def make_evaluator(
@@ -200,27 +316,29 @@ def make_evaluator(
     device: str | torch.device,
     *,
     non_blocking: bool = False,
+    precision: str = "float32",
 ) -> Engine:
     """Make the engine that evaluates a dataset and leaves the results in ``engine.state.metrics``.
 
     Parameters
     ----------
     model : nn.Module
-        As in `make_trainer`; it is put in evaluation mode, and weights are left alone.
+        As in `make_step`; it is put in evaluation mode, and weights are left alone.
     loss_fn : MTLoss
         The loss, whose value over the dataset becomes ``loss`` and ``{component}_loss`` (`LossMetric`).
     metrics : mapping
         Further metrics, updated with ``(y_pred, y_true)``.
     device : str or torch.device
         Where batches go.
-    non_blocking : bool
-        As in `prepare_batch`.
+    non_blocking, precision
+        As in `make_step`.
 
     Returns
     -------
     Engine
         Its output is ``(y_pred, y_true)``; ``y_pred`` holds the inputs too.
     """
+    dtype = batch_type(precision)
     loss_fn.to(device)
     forces_wanted = loss_fn.needs("forces") or any(
         isinstance(metric, RegMultiMetric) and "forces" in metric.properties for metric in metrics.values()
@@ -229,7 +347,7 @@ def make_evaluator(
     def step(engine: Engine, batch: tuple[Batch, Batch]) -> tuple[Batch, Batch]:
         model.eval()
         with torch.no_grad():
-            y_pred, y_true = predict(model, batch, forces_wanted, device, non_blocking)
+            y_pred, y_true = predict(model, batch, forces_wanted, device, non_blocking, dtype)
         return {key: value.detach() for key, value in y_pred.items()}, y_true
 
     evaluator = Engine(step)

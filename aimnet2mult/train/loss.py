@@ -2,11 +2,15 @@
 
 Every loss is a mean over molecules that have the label, of a value per molecule:
 
-    L_k = Σ_m mask_m l_m / Σ_m mask_m          l_m = energy_loss_fn: (ΔE_m)² / √n_m
+    L_k = Σ_m mask_m w_m l_m / Σ_m mask_m      l_m = energy_loss_fn: (ΔE_m)² / √n_m
                                                      the others:     mean of (Δy)² over m's real atoms and components
 
-so that padding, and molecules without the label, change nothing. A batch without any label costs exactly zero and
-still has a graph. `MTLoss` adds several of them up, L = Σ_k w_k L_k with Σ_k w_k = 1; `MTAdaWLoss` adapts the factors.
+so that padding, and molecules without the label, change nothing. The factor w_m is one, unless a component says
+otherwise for the molecule's fidelity. A batch without any label costs exactly zero and still has a graph. `MTLoss`
+adds several of them up, L = Σ_k w_k L_k with Σ_k w_k = 1; `MTAdaWLoss` adapts these factors.
+
+The mean over molecules of several batches (on several processes) is put together from the means over each, with the
+shares that `MTLoss.counts` gives; `aimnet2mult.train.engine` does that.
 
 Labels are in ``y_true`` under their key, with ``{key}_mask`` (B,) bool telling which molecules have one (absent:
 all). ``y_pred`` holds the predictions together with the inputs ``coord`` and ``numbers``.
@@ -18,7 +22,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +53,31 @@ def label_mask(y_true: Batch, key: str) -> Tensor:
     return mask.bool()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values per molecule (B,) over the molecules of ``mask`` (B,); zero, with a graph, over none."""
+def masked_mean(values: Tensor, mask: Tensor, molecule_weights: Tensor | None = None) -> Tensor:
+    """Mean of the values per molecule, each times its weight, over the molecules with a label.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B,).
+    mask : Tensor
+        Molecules with a label, (B,) bool.
+    molecule_weights : Tensor, optional
+        Factors w_m, (B,); default one.
+
+    Returns
+    -------
+    Tensor
+        Scalar Σ mask w value / Σ mask; zero, with a graph, if ``mask`` has no molecule.
+    """
+    if molecule_weights is not None:
+        values = values * molecule_weights.to(values.dtype)
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def counted(mask: Tensor, molecule_weights: Tensor | None) -> Tensor:
+    """Molecules whose error matters, (B,) bool: they have a label, and a weight that is not zero."""
+    return mask if molecule_weights is None else mask & (molecule_weights > 0)
 
 
 def n_atoms(y_pred: Batch) -> Tensor:
@@ -147,16 +172,20 @@ def _is_atomic(key: str) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 
-def _squared_loss(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, atomic: bool) -> Tensor:
+def _squared_loss(
+    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, atomic: bool, molecule_weights: Tensor | None
+) -> Tensor:
     mask = label_mask(y_true, key_true)
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
-    error = label_error(prediction, y_true[key_true], mask, y_pred, atomic, key_true)
-    return masked_mean(mean_square(error, y_pred, atomic), mask)
+    error = label_error(prediction, y_true[key_true], counted(mask, molecule_weights), y_pred, atomic, key_true)
+    return masked_mean(mean_square(error, y_pred, atomic), mask, molecule_weights)
 
 
-def mse_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> Tensor:
+def mse_loss_fn(
+    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, molecule_weights: Tensor | None = None
+) -> Tensor:
     """Mean square error of any property: over its components (and real atoms, if atomic), then over molecules.
 
     Parameters
@@ -166,6 +195,8 @@ def mse_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> T
     key_pred, key_true : str
         Name of the prediction and of the label. Whether it is atomic is looked up in `nbops.BATCH_KEYS`; a name that
         is not there counts as molecular.
+    molecule_weights : Tensor, optional
+        Factor of each molecule's value, (B,); an error with factor zero does not matter even if it is NaN.
 
     Returns
     -------
@@ -177,18 +208,26 @@ def mse_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> T
     ValueError
         Label or prediction is missing, or their shapes differ.
     """
-    return _squared_loss(y_pred, y_true, key_pred, key_true, atomic=_is_atomic(key_true))
+    return _squared_loss(y_pred, y_true, key_pred, key_true, _is_atomic(key_true), molecule_weights)
 
 
-def peratom_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str, key_true: str) -> Tensor:
+def peratom_loss_fn(
+    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, molecule_weights: Tensor | None = None
+) -> Tensor:
     """Mean square error of an atomic property (forces, charges): over a molecule's atoms, then over molecules.
 
     Parameters, result and errors are those of `mse_loss_fn`; the property is taken as atomic whatever its name.
     """
-    return _squared_loss(y_pred, y_true, key_pred, key_true, atomic=True)
+    return _squared_loss(y_pred, y_true, key_pred, key_true, True, molecule_weights)
 
 
-def energy_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "energy", key_true: str = "energy") -> Tensor:
+def energy_loss_fn(
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str = "energy",
+    key_true: str = "energy",
+    molecule_weights: Tensor | None = None,
+) -> Tensor:
     """Mean over molecules of (ΔE)²/√n_atoms, eV².
 
     The square root lies between an error per molecule, which large molecules would rule, and an error per atom, which
@@ -198,15 +237,21 @@ def energy_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "energy", key_t
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
-    error = label_error(prediction, y_true[key_true], mask, y_pred, False, key_true)
-    return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask)
+    error = label_error(prediction, y_true[key_true], counted(mask, molecule_weights), y_pred, False, key_true)
+    return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask, molecule_weights)
 
 
 Moment = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 """Charges, positions and batch -> moment of each molecule."""
 
 
-def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "dipole") -> Tensor:
+def dipole_loss_fn(
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str = "charges",
+    key_true: str = "dipole",
+    molecule_weights: Tensor | None = None,
+) -> Tensor:
     """Mean square error of the dipole moment, (e·Å)².
 
     Parameters
@@ -217,6 +262,8 @@ def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_
         An atomic property (charges), of which the dipole moment is taken, or a dipole that the model computes.
     key_true : str
         Label of shape (B, 3), e·Å, about the origin of ``coord``.
+    molecule_weights : Tensor, optional
+        As in `mse_loss_fn`.
 
     Returns
     -------
@@ -228,15 +275,21 @@ def dipole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_
     ValueError
         As `mse_loss_fn`.
     """
-    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_dipole)
+    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_dipole, molecule_weights)
 
 
-def quadrupole_loss_fn(y_pred: Batch, y_true: Batch, key_pred: str = "charges", key_true: str = "quadrupole") -> Tensor:
+def quadrupole_loss_fn(
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str = "charges",
+    key_true: str = "quadrupole",
+    molecule_weights: Tensor | None = None,
+) -> Tensor:
     """Mean square error of the traceless quadrupole moment, (e·Å²)².
 
     As `dipole_loss_fn`, with labels of shape (B, 6): xx, yy, zz, xy, yz, xz.
     """
-    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_quadrupole)
+    return _moment_loss(y_pred, y_true, key_pred, key_true, point_charge_quadrupole, molecule_weights)
 
 
 def _moment_loss(
@@ -244,7 +297,8 @@ def _moment_loss(
     y_true: Batch,
     key_pred: str,
     key_true: str,
-    moment: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    moment: Moment,
+    molecule_weights: Tensor | None,
 ) -> Tensor:
     mask = label_mask(y_true, key_true)
     prediction = _predicted(y_pred, key_pred, mask)
@@ -253,8 +307,8 @@ def _moment_loss(
     if _is_atomic(key_pred):
         batch = dict(y_pred)
         prediction = moment(prediction, batch["coord"].detach(), batch)
-    error = label_error(prediction, y_true[key_true], mask, y_pred, False, key_true)
-    return masked_mean(mean_square(error, y_pred, atomic=False), mask)
+    error = label_error(prediction, y_true[key_true], counted(mask, molecule_weights), y_pred, False, key_true)
+    return masked_mean(mean_square(error, y_pred, atomic=False), mask, molecule_weights)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,14 +319,17 @@ def _moment_loss(
 class MTLoss(nn.Module):
     """Sum of several losses with fixed weights, L = Σ_k w_k L_k.
 
-    Under several processes, in training mode, a component is scaled so that the average over processes (which is what
-    gradients get) is the mean over all labelled molecules of the global batch, however labels are spread.
-
     Parameters
     ----------
     components : mapping
-        Name -> mapping with ``fn`` (dotted name or function), ``weight`` (positive; normalised to sum to one) and
-        optional ``kwargs`` of the function.
+        Name -> mapping with
+
+        - ``fn``: function (or its dotted name) of ``y_pred`` and ``y_true``,
+        - ``weight``: 0 or more; normalised to sum to one,
+        - ``kwargs`` (optional): further arguments of the function,
+        - ``fidelity_weights`` (optional): fidelity -> factor, 0 or more, of its molecules in this component. The sum
+          is divided by the number of molecules with a label, whatever their factors, so a factor of 2 counts twice
+          what 1 counts. Fidelities that are left out have 1. The function must take ``molecule_weights``.
 
     Raises
     ------
@@ -281,7 +338,7 @@ class MTLoss(nn.Module):
         weight that is negative or not a number, or weights that are all zero.
     """
 
-    component_options: tuple[str, ...] = ("fn", "weight", "kwargs")
+    component_options: tuple[str, ...] = ("fn", "weight", "kwargs", "fidelity_weights")
     weights: Tensor
 
     def __init__(self, components: Mapping[str, Mapping[str, Any]]) -> None:
@@ -295,6 +352,27 @@ class MTLoss(nn.Module):
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
         self.key_true = {name: _keyword(function, "key_true") for name, function in self.functions.items()}
         self.key_pred = {name: _keyword(function, "key_pred") for name, function in self.functions.items()}
+        self.fidelity_weights: dict[str, dict[int, float]] = {}
+        for name, options in components.items():
+            given = _fidelity_weights(options.get("fidelity_weights"), self.functions[name], f"loss.components.{name}")
+            if given:
+                self.fidelity_weights[name] = given
+
+    def check_fidelities(self, num_fidelities: int) -> None:
+        """Refuse factors of fidelities that a run does not have, and those that are zero for all that it has.
+
+        Raises
+        ------
+        ValueError
+            Naming ``loss.components.{name}.fidelity_weights``.
+        """
+        for name, weights in self.fidelity_weights.items():
+            where = f"loss.components.{name}.fidelity_weights"
+            for f in weights:
+                if f >= num_fidelities:
+                    raise ValueError(f"{where}: there is no fidelity {f}; there are 0 to {num_fidelities - 1}")
+            if not any(weights.get(f, 1.0) for f in range(num_fidelities)):
+                raise ValueError(f"{where}: all are zero; make one positive, or leave the component {name} out")
 
     @classmethod
     def _function(cls, name: str, options: Mapping[str, Any]) -> partial[Tensor]:
@@ -320,10 +398,13 @@ class MTLoss(nn.Module):
         if not isinstance(kwargs, Mapping):
             raise ValueError(f"{where}.kwargs: expected a mapping, found {type(kwargs).__name__}")
         check_kwargs(function, kwargs, f"{where}.kwargs")
+        if "molecule_weights" in kwargs:
+            raise ValueError(f"{where}.kwargs.molecule_weights: they come from {where}.fidelity_weights; give that")
         bound = partial(function, **kwargs)
+        provided = ["y_pred", "y_true"] + (["molecule_weights"] if options.get("fidelity_weights") else [])
         for parameter in inspect.signature(bound).parameters.values():
             keyword = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if keyword and parameter.default is parameter.empty and parameter.name not in ("y_pred", "y_true"):
+            if keyword and parameter.default is parameter.empty and parameter.name not in provided:
                 raise ValueError(f"{where}.kwargs: {parameter.name} is missing")
         return bound
 
@@ -336,10 +417,22 @@ class MTLoss(nn.Module):
         values = {}
         for name, function in self.functions.items():
             try:
-                values[name] = function(y_pred=y_pred, y_true=y_true)
+                values[name] = function(y_pred=y_pred, y_true=y_true, **self._molecule_weights(name, y_pred))
             except ValueError as error:
                 raise ValueError(f"loss.components.{name}: {error}") from error
         return values
+
+    def _molecule_weights(self, name: str, y_pred: Batch) -> dict[str, Tensor]:
+        """Return the factors (B,) of a component that has any, as an argument of its function."""
+        if name not in self.fidelity_weights:
+            return {}
+        if "_fidelities" not in y_pred:
+            raise ValueError("fidelity_weights need a batch that says of which fidelity (_fidelities) a molecule is")
+        fidelities = y_pred["_fidelities"]
+        weights = torch.ones_like(fidelities, dtype=torch.float64)
+        for fidelity, weight in self.fidelity_weights[name].items():
+            weights = weights.masked_fill(fidelities == fidelity, weight)
+        return {"molecule_weights": weights}
 
     def counts(self, y_true: Batch) -> Tensor:
         """Count the molecules with a label for each component, (K,) float64 on the device of the labels."""
@@ -356,19 +449,29 @@ class MTLoss(nn.Module):
         """Sum of component values (K,) with the weights that stay the same throughout training; a scalar."""
         return (self.weights.to(values.device) * values).sum()
 
-    def forward(self, y_pred: Batch, y_true: Batch) -> dict[str, Tensor]:
+    def combine(self, values: Tensor) -> Tensor:
+        """Sum of component values (K,) with the weights of the moment; a scalar."""
+        return self.total(values)
+
+    def adapt(self, values: Tensor) -> None:
+        """Learn from the component values (K,) of a step of the optimiser: nothing, the weights are fixed."""
+
+    def forward(self, y_pred: Batch, y_true: Batch, shares: Tensor | None = None) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Parameters
         ----------
         y_pred, y_true : mapping
             Predictions (with inputs) and labels, see the module's description.
+        shares : Tensor, optional
+            What each component's value is multiplied with, (K,): the share of this batch's labelled molecules in
+            those of all the batches that make up a mean. Default one.
 
         Returns
         -------
         dict
-            ``loss``: the weighted sum, scalar with graph; and under each component's name its unweighted value,
-            detached.
+            ``loss``: the weighted sum, scalar with graph; and under each component's name its unweighted value times
+            its share, detached.
 
         Raises
         ------
@@ -377,31 +480,22 @@ class MTLoss(nn.Module):
         """
         components = self.components(y_pred, y_true)
         values = torch.stack([value.to(torch.float64) for value in components.values()])
-        if self.training and idist.get_world_size() > 1:
-            values = values * self._share_of_global_batch(y_true)
+        if shares is not None:
+            values = values * shares.to(values.device)
         result = dict(zip(components, values.detach().unbind(), strict=True))
-        result["loss"] = self._combine(values)
+        result["loss"] = self.combine(values)
         return result
-
-    def _combine(self, values: Tensor) -> Tensor:
-        return self.total(values)
-
-    def _share_of_global_batch(self, y_true: Batch) -> Tensor:
-        """Number of processes · labelled molecules here / labelled molecules everywhere, (K,)."""
-        counts = self.counts(y_true)
-        everywhere = idist.all_reduce(counts.clone())
-        assert isinstance(everywhere, Tensor)
-        return counts * idist.get_world_size() / everywhere.clamp(min=1)
 
 
 class MTAdaWLoss(MTLoss):
     """Sum of several losses whose factors adapt until each has its share of the total, L = Σ_k s_k L_k.
 
-    Here ``weight`` is the share of the total loss that a component shall have. After each training step the factor
-    s_k is multiplied by 1 + eta where s_k L_k fell short of its share, and by 1 - eta where it exceeded it. The factor
-    of the first component stays fixed and sets the scale. This is the rule of the published AIMNet2 training code,
-    with three differences: shares are those among the components that have a label in the batch (a missing label
-    moves nothing), factors stay within ``max_change`` of where they began, and all processes take the same step.
+    Here ``weight`` is the share of the total loss that a component shall have. After each step of the optimiser
+    (`adapt`) the factor s_k is multiplied by 1 + eta where s_k L_k fell short of its share, and by 1 - eta where it
+    exceeded it. The factor of the first component stays fixed and sets the scale. This is the rule of the published
+    AIMNet2 training code, with three differences: shares are those among the components that have a label in the
+    step (a missing label moves nothing), factors stay within ``max_change`` of where they began, and L_k is the mean
+    over all batches and processes of the step, so that all processes adapt alike.
 
     In evaluation mode the sum uses the factors from the beginning, so that validation losses of different epochs
     can be compared. The factors are in the state dict.
@@ -422,7 +516,7 @@ class MTAdaWLoss(MTLoss):
         As `MTLoss`; ``scale``, ``eta`` or ``max_change`` out of range.
     """
 
-    component_options = ("fn", "weight", "scale", "kwargs")
+    component_options = (*MTLoss.component_options, "scale")
     scales: Tensor
     initial_scales: Tensor
 
@@ -450,21 +544,22 @@ class MTAdaWLoss(MTLoss):
         """Sum of component values (K,) with the factors from the beginning; a scalar."""
         return (self.initial_scales.to(values.device) * values).sum()
 
-    def _combine(self, values: Tensor) -> Tensor:
+    def combine(self, values: Tensor) -> Tensor:
+        """Sum of component values (K,) with the factors of the moment, in evaluation with the first ones; a scalar."""
         if not self.training:
             return self.total(values)
-        self.scales = self.scales.to(values.device)
-        loss = (self.scales * values).sum()
-        self._adapt(values.detach())
-        return loss
+        return (self.scales.to(values.device) * values).sum()
 
     @torch.no_grad()
-    def _adapt(self, values: Tensor) -> None:
-        """Move each factor a step towards the one that gives its component its share."""
-        if idist.get_world_size() > 1:
-            everywhere = idist.all_reduce(values.clone())  # the same step on every process
-            assert isinstance(everywhere, Tensor)
-            values = everywhere
+    def adapt(self, values: Tensor) -> None:
+        """Move each factor a step towards the one that gives its component its share.
+
+        Parameters
+        ----------
+        values : Tensor
+            L_k over all batches and processes of a step of the optimiser, (K,); zero where no molecule has the label.
+        """
+        self.scales = self.scales.to(values.device)
         weights = self.weights.to(values.device)
         present = (values > 0) & (self.scales > 0)
         parts = torch.where(present, self.scales * values, 0.0)
@@ -487,3 +582,19 @@ def _check_non_negative(value: Any, where: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise ValueError(f"{where}: {value!r} is not a number of 0 or more")
+
+
+def _fidelity_weights(given: Any, function: partial[Tensor], component: str) -> dict[int, float]:
+    """Return the factors that a component gives to fidelities, checked; empty without any."""
+    where = f"{component}.fidelity_weights"
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: expected a mapping {{fidelity: factor}}, found {given!r}")
+    for fidelity, weight in given.items():
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int) or fidelity < 0:
+            raise ValueError(f"{where}: {fidelity!r} is not the number of a fidelity, 0 or more")
+        _check_non_negative(weight, f"{where}.{fidelity}")
+    if given and "molecule_weights" not in inspect.signature(function).parameters:
+        raise ValueError(f"{where}: {component}.fn takes no argument molecule_weights (B,); give it one")
+    return dict(given)
