@@ -4,6 +4,7 @@ import itertools
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,6 +239,10 @@ def test_functions_may_be_given_themselves_and_say_what_they_need():
         ),
         ({"loss": {"fn": energy_loss_fn, "weight": 1}}, "this name stands for the sum"),
         ({"e": "energy"}, "expected a mapping {fn, weight, kwargs}, found str"),
+        (
+            {"e": {"fn": energy_loss_fn, "weight": 1, "kwargs": {"molecule_weights": 2.0}}},
+            r"loss.components.e.kwargs.molecule_weights: they come from loss.components.e.fidelity_weights",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_its_dotted_key(components, message):
@@ -245,11 +250,143 @@ def test_nonsense_is_refused_with_its_dotted_key(components, message):
         MTLoss(components)
 
 
+# --- factors of fidelities ----------------------------------------------------------------------
+
+FIDELITIES = torch.tensor([1, 0, 2])
+MASK = [True, True, False]
+
+
+def weighted_batch() -> tuple[dict, dict]:
+    """Molecules of fidelities 1, 0, 2; the last one has no labels."""
+    y_pred, y_true = batch([molecule(n, seed) for seed, n in enumerate(SIZES)], MASK)
+    return {**y_pred, "_fidelities": FIDELITIES}, y_true
+
+
+def values_alone(name: str) -> np.ndarray:
+    """Value of each molecule, (B,)."""
+    return np.array([LOSSES[name](*molecule(n, seed)).item() for seed, n in enumerate(SIZES)])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("given", [{0: 2.0, 1: 0.25, 2: 7.0}, {1: 3}, {0: 0.0}, {5: 9.0}])
+def test_factors_of_fidelities_weigh_molecules(name, flat, given):
+    loss_fn = MTLoss({"k": {"fn": LOSSES[name], "weight": 1.0, "fidelity_weights": given}})
+    y_pred, y_true = weighted_batch()
+    if flat:
+        y_pred, y_true = flattened(y_pred, y_true)
+    factors = np.array([given.get(f, 1.0) for f in FIDELITIES.tolist()])
+    wanted = (np.array(MASK) * factors * values_alone(name)).sum() / np.sum(MASK)
+    assert loss_fn(y_pred, y_true)["loss"].item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_each_component_has_factors_of_its_own_and_the_gradient_follows():
+    components = {"energy": {**COMPONENTS["energy"], "fidelity_weights": {1: 4.0}}, "forces": COMPONENTS["forces"]}
+    y_pred, y_true = weighted_batch()
+    result = MTLoss(components)(y_pred, y_true)
+    energies, forces = values_alone("energy"), values_alone("forces")
+    assert result["energy"].item() == pytest.approx((4 * energies[0] + energies[1]) / 2, rel=1e-12)
+    assert result["forces"].item() == pytest.approx((forces[0] + forces[1]) / 2, rel=1e-12)
+    (plain,) = torch.autograd.grad(MTLoss(COMPONENTS)(y_pred, y_true)["loss"], y_pred["energy"], retain_graph=True)
+    (weighted,) = torch.autograd.grad(result["loss"], y_pred["energy"])
+    torch.testing.assert_close(weighted, plain * torch.tensor([4.0, 1.0, 1.0]), rtol=1e-12, atol=0)
+
+
+def test_labels_with_factor_zero_do_not_matter_even_if_they_are_no_numbers():
+    y_pred, y_true = weighted_batch()
+    y_true["forces"][1] = math.nan
+    components = {"forces": {**COMPONENTS["forces"], "fidelity_weights": {0: 0}}}
+    loss = MTLoss(components)(y_pred, y_true)["loss"]
+    assert loss.item() == pytest.approx(values_alone("forces")[0] / 2, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, y_pred["forces"])
+    assert gradient[0].abs().sum() > 0
+    assert torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
+
+
+def own_loss_fn(y_pred, y_true, key_true="energy"):
+    return y_pred["energy"].pow(2).mean()
+
+
+def own_weighted_loss_fn(y_pred, y_true, molecule_weights):
+    return (molecule_weights * y_pred["energy"].pow(2)).mean()
+
+
+def test_own_function_gets_the_factors_if_it_takes_them():
+    y_pred, y_true = weighted_batch()
+    component = {"fn": own_weighted_loss_fn, "weight": 1.0}
+    loss = MTLoss({"own": {**component, "fidelity_weights": {2: 3.0}}})(y_pred, y_true)["loss"]
+    assert loss.item() == pytest.approx((torch.tensor([1.0, 1.0, 3.0]) * y_pred["energy"] ** 2).mean().item())
+    with pytest.raises(ValueError, match=r"loss.components.own.kwargs: molecule_weights is missing"):
+        MTLoss({"own": component})
+    assert MTLoss({"own": {"fn": own_loss_fn, "weight": 1.0, "fidelity_weights": {}}}).fidelity_weights == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({0: -1.0}, r"loss.components.e.fidelity_weights.0: -1.0 is not a number of 0 or more"),
+        ({0: math.nan}, r"loss.components.e.fidelity_weights.0: nan"),
+        ({0: math.inf}, r"loss.components.e.fidelity_weights.0: inf"),
+        ({0: "2"}, r"loss.components.e.fidelity_weights.0: '2'"),
+        ({0: True}, r"loss.components.e.fidelity_weights.0: True"),
+        ({"dft": 1.0}, r"loss.components.e.fidelity_weights: 'dft' is not the number of a fidelity"),
+        ({-1: 1.0}, r"loss.components.e.fidelity_weights: -1 is not the number of a fidelity"),
+        (2.0, r"loss.components.e.fidelity_weights: expected a mapping \{fidelity: factor\}, found 2.0"),
+    ],
+)
+def test_factors_that_make_no_sense_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        MTLoss({"e": {"fn": energy_loss_fn, "weight": 1.0, "fidelity_weights": given}})
+
+
+def test_factors_for_a_function_that_takes_none_are_refused():
+    with pytest.raises(
+        ValueError, match=r"loss.components.own.fidelity_weights: .* takes no argument molecule_weights"
+    ):
+        MTLoss({"own": {"fn": own_loss_fn, "weight": 1.0, "fidelity_weights": {0: 2.0}}})
+
+
+def test_factors_need_a_batch_that_tells_fidelities():
+    loss_fn = MTLoss({"e": {"fn": energy_loss_fn, "weight": 1.0, "fidelity_weights": {0: 2.0}}})
+    with pytest.raises(ValueError, match=r"loss.components.e: fidelity_weights need a batch .*_fidelities"):
+        loss_fn(*molecule(3, 0))
+
+
+def test_factors_must_fit_the_fidelities_of_the_run():
+    def loss_fn(given):
+        return MTLoss({"e": {"fn": energy_loss_fn, "weight": 1.0, "fidelity_weights": given}})
+
+    loss_fn({1: 0.0}).check_fidelities(2)
+    loss_fn({0: 0.0, 1: 0.0}).check_fidelities(3)
+    with pytest.raises(ValueError, match=r"loss.components.e.fidelity_weights: all are zero"):
+        loss_fn({0: 0.0, 1: 0.0}).check_fidelities(2)
+    with pytest.raises(
+        ValueError, match=r"loss.components.e.fidelity_weights: there is no fidelity 2; there are 0 to 1"
+    ):
+        loss_fn({2: 1.0}).check_fidelities(2)
+
+
+# --- batches that make up a mean ----------------------------------------------------------------
+
+
+def test_shares_multiply_components():
+    y_pred, y_true = batch([molecule(3, 0), molecule(2, 1)], [True, True])
+    plain = MTLoss(COMPONENTS)(y_pred, y_true)
+    shared = MTLoss(COMPONENTS)(y_pred, y_true, torch.tensor([0.5, 2.0], dtype=torch.float64))
+    assert shared["energy"].item() == 0.5 * plain["energy"].item()
+    assert shared["forces"].item() == 2.0 * plain["forces"].item()
+    assert shared["loss"].item() == pytest.approx((0.125 * plain["energy"] + 1.5 * plain["forces"]).item(), rel=1e-14)
+
+
 # --- adaptive -----------------------------------------------------------------------------------
 
 
+def values_of(loss: MTLoss, y_pred: dict, y_true: dict) -> torch.Tensor:
+    return torch.stack([value.double() for value in loss.components(y_pred, y_true).values()]).detach()
+
+
 def parts_of(loss: MTAdaWLoss, y_pred: dict, y_true: dict) -> torch.Tensor:
-    values = torch.stack([value.double() for value in loss.components(y_pred, y_true).values()]).detach()
+    values = values_of(loss, y_pred, y_true)
     return loss.scales * values / (loss.scales * values).sum()
 
 
@@ -258,7 +395,7 @@ def test_adaptive_factors_lead_to_the_shares_asked_for():
     loss = MTAdaWLoss(COMPONENTS, eta=0.02)
     assert parts_of(loss, y_pred, y_true).tolist() != pytest.approx([0.25, 0.75], abs=0.02)
     for _ in range(400):
-        loss(y_pred, y_true)
+        loss.adapt(values_of(loss, y_pred, y_true))
     assert parts_of(loss, y_pred, y_true).tolist() == pytest.approx([0.25, 0.75], abs=0.02)
     assert loss.scales[0] == 0.25
 
@@ -268,20 +405,32 @@ def test_adaptive_loss_begins_as_the_fixed_one_and_stays_so_in_evaluation():
     fixed = MTLoss(COMPONENTS)(y_pred, y_true)["loss"].item()
     loss = MTAdaWLoss(COMPONENTS, eta=0.1)
     assert loss(y_pred, y_true)["loss"].item() == pytest.approx(fixed)
+    assert loss(y_pred, y_true)["loss"].item() == pytest.approx(fixed)  # a loss computes a loss
+    loss.adapt(values_of(loss, y_pred, y_true))
     assert loss(y_pred, y_true)["loss"].item() != pytest.approx(fixed)
     assert loss.eval()(y_pred, y_true)["loss"].item() == pytest.approx(fixed)
 
 
-def test_adaptive_factors_ignore_batches_without_the_label_and_stay_in_bounds():
+def test_fixed_weights_learn_nothing():
+    y_pred, y_true = batch([molecule(3, 0)], [True])
+    loss = MTLoss(COMPONENTS)
+    before = loss.weights.clone()
+    loss.adapt(values_of(loss, y_pred, y_true))
+    assert torch.equal(loss.weights, before)
+
+
+def test_adaptive_factors_ignore_steps_without_the_label_and_stay_in_bounds():
     y_pred, y_true = batch([molecule(3, 0)], [True])
     y_true["forces_mask"][:] = False
     loss = MTAdaWLoss(COMPONENTS, eta=0.5, max_change=4.0)
-    loss(y_pred, y_true)
+    loss.adapt(values_of(loss, y_pred, y_true))
+    assert loss.scales.tolist() == [0.25, 0.75]
+    loss.adapt(torch.zeros(2, dtype=torch.float64))
     assert loss.scales.tolist() == [0.25, 0.75]
     y_true["forces_mask"][:] = True
     y_pred["forces"] = y_true["forces"] + 1e-9
     for _ in range(20):
-        loss(y_pred, y_true)
+        loss.adapt(values_of(loss, y_pred, y_true))
     assert loss.scales.tolist() == pytest.approx([0.25, 3.0])
 
 
@@ -289,17 +438,25 @@ def test_adaptive_factors_survive_a_state_dict():
     y_pred, y_true = batch([molecule(3, 0), molecule(2, 1)], [True, True])
     loss = MTAdaWLoss(COMPONENTS, eta=0.1)
     for _ in range(3):
-        loss(y_pred, y_true)
+        loss.adapt(values_of(loss, y_pred, y_true))
     again = MTAdaWLoss(COMPONENTS, eta=0.1)
     again.load_state_dict(loss.state_dict())
-    assert again(y_pred, y_true)["loss"].item() == loss(y_pred, y_true)["loss"].item()
+    for one in (loss, again):
+        one.adapt(values_of(one, y_pred, y_true))
+    assert torch.equal(again.scales, loss.scales)
+    assert not torch.equal(loss.scales, loss.initial_scales)
 
 
 def test_adaptive_loss_starts_from_given_factors():
-    components = {"energy": {**COMPONENTS["energy"], "scale": 2.0}, "forces": {**COMPONENTS["forces"], "scale": 0.5}}
-    y_pred, y_true = batch([molecule(3, 0)], [True])
+    components = {
+        "energy": {**COMPONENTS["energy"], "scale": 2.0},
+        "forces": {**COMPONENTS["forces"], "scale": 0.5, "fidelity_weights": {1: 2.0}},
+    }
+    y_pred, y_true = weighted_batch()
     result = MTAdaWLoss(components)(y_pred, y_true)
     assert result["loss"].item() == pytest.approx((2.0 * result["energy"] + 0.5 * result["forces"]).item())
+    forces = values_alone("forces")
+    assert result["forces"].item() == pytest.approx((2 * forces[0] + forces[1]) / 2)
 
 
 @pytest.mark.parametrize("kwargs", [{"eta": 0.0}, {"eta": 1.0}, {"max_change": 0.5}])

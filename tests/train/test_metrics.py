@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Engine
 
+from aimnet2mult.train.engine import label_shares
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.metrics import LossMetric, RegMultiMetric
 
@@ -228,7 +229,7 @@ def two_processes(rank: int, directory: str) -> None:
     # In training, the average over processes is the loss of the global batch, for the value and its gradient.
     y_pred, y_true = batch(mine)
     y_pred["energy"].requires_grad_()
-    loss = loss_fn.train()(y_pred, y_true)["loss"]
+    loss = loss_fn.train()(y_pred, y_true, label_shares(loss_fn, [y_true], "cpu")[0])["loss"]
     loss.backward()
     torch.save([metrics, loss.detach() / 2, y_pred["energy"].grad / 2], f"{directory}/{rank}.pt")
 
