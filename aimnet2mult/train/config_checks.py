@@ -416,7 +416,7 @@ def _check_schedule(config: TrainConfig) -> Iterator[str]:
         return  # reported as a problem of the optimizer
     try:
         schedule = Schedule(config.scheduler, config.optimizer)
-        schedule.step({schedule.metric_name: 1.0})
+        schedule.step(dict.fromkeys(schedule.followed, 1.0))
     except ConfigError as error:
         yield str(error)
     except ArithmeticError as error:

@@ -1,18 +1,92 @@
-"""The learning rate over a run."""
+"""The learning rate over a run.
 
-from collections.abc import Mapping
+A schedule is any scheduler of ``ignite.handlers`` or ``torch.optim.lr_scheduler``, with an optional growth of the rates
+at the beginning. Warm-up and half a cosine over the whole run, a step after every iteration:
+
+```yaml
+scheduler:
+  class: torch.optim.lr_scheduler.CosineAnnealingLR
+  unit: iteration                              # torch's schedulers step after an epoch by themselves
+  kwargs: {T_max: total, eta_min: 1.0e-6}      # total: all steps of the run, here its iterations
+  warmup: {iterations: 1000, start: 0.01}      # from 1 % of the rate to all of it, times the cosine
+```
+
+A rate that stays constant after the warm-up is ``torch.optim.lr_scheduler.ConstantLR`` with ``{factor: 1.0}``.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ignite.handlers.param_scheduler import BaseParamScheduler, ParamScheduler, ReduceLROnPlateauScheduler
+from ignite.handlers.param_scheduler import (
+    BaseParamScheduler,
+    ParamScheduler,
+    ReduceLROnPlateauScheduler,
+    create_lr_scheduler_with_warmup,
+)
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from aimnet2mult.config.builder import ConfigError, resolve
+from aimnet2mult.config.builder import ConfigError, nearest, resolve
+from aimnet2mult.train import scheduler_state
+from aimnet2mult.train.monitor import Monitor
 from aimnet2mult.train.optimizer import reference_optimizer
 from aimnet2mult.train.utils import accepted_keywords
 
 if TYPE_CHECKING:
-    from aimnet2mult.train.schema import OptimizerConfig, SchedulerConfig
+    from aimnet2mult.train.schema import OptimizerConfig, SchedulerConfig, WarmupConfig
+
+logger = logging.getLogger(__name__)
+
+UNITS = ("iteration", "epoch", "validation")
+"""What a schedule may step after."""
+
+TOTAL = "total"
+"""Value of a keyword that stands for all steps of the run, in the unit of the schedule."""
+
+FUNCTIONS = ("lr_lambda", "scale_fn")
+"""Keywords of torch's schedulers that are functions; settings give their dotted names."""
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a whole run consists of, in each unit that a schedule may have.
+
+    Attributes
+    ----------
+    iteration, epoch, validation : int
+        How many there are. `Schedule` reads the one of its unit for the word ``total``.
+    """
+
+    iteration: int
+    epoch: int
+    validation: int
+
+
+def run_length(iterations: Sequence[int], validate_every: int | None = None) -> RunLength:
+    """Return the length of a run.
+
+    Parameters
+    ----------
+    iterations : sequence of int
+        Steps of the optimiser in each epoch.
+    validate_every : int, optional
+        ``log_frequency.val``: iterations between validations, besides the one after each epoch. An epoch that ends
+        with such an iteration is validated once.
+    """
+    ends = list(accumulate(iterations))
+    total = ends[-1] if ends else 0
+    between = 0
+    if validate_every is not None:
+        between = total // validate_every - sum(end % validate_every == 0 for end in ends)
+    return RunLength(iteration=total, epoch=len(ends), validation=len(ends) + between)
+
+
+UNKNOWN_LENGTH = RunLength(iteration=1_000_000, epoch=1_000, validation=1_000)
+"""Stands for the length of a run while it is not known, so that settings can be checked before data are read."""
 
 
 class Schedule:
@@ -20,7 +94,16 @@ class Schedule:
 
     The scheduler runs on an optimiser of its own with one group at the base rate (`reference_optimizer`). Each group
     of the real optimiser follows in proportion: twice the base rate stays twice the base rate, whatever the
-    schedule's formula (published schedulers differ in this: some set one absolute value for every group).
+    schedule's formula (published schedulers differ in this: some set one absolute value for every group). A warm-up
+    multiplies the rates of all groups, after step t of the optimiser by
+
+        start + (1 - start) t / iterations        (1 from t = iterations on)
+
+    whatever the unit of the schedule.
+
+    The loop calls `iteration`, `epoch` and `validation` after each of them; those that are not the schedule's unit
+    only count, and move the warm-up. Under ``total`` the schedule rests at its last value when a run turns out longer
+    than planned.
 
     Parameters
     ----------
@@ -28,15 +111,20 @@ class Schedule:
         Section ``scheduler`` of the settings.
     optimizer_config : OptimizerConfig
         Section ``optimizer``.
-    optimizer : Optimizer
-        Its groups' rates are set from here on.
+    optimizer : Optimizer, optional
+        Its groups' rates are set from here on. Build the schedule before the optimiser's state is restored: the rates
+        that the groups have now are those that are scaled.
+    length : RunLength, optional
+        What the word ``total`` stands for. It can be left out where settings are only checked.
 
     Attributes
     ----------
     unit : str
-        ``"iteration"``, ``"epoch"`` or ``"validation"``: after which `step` has to be called.
-    metric_name : str
-        The validation metric that a plateau schedule watches.
+        ``"iteration"``, ``"epoch"`` or ``"validation"``: what the schedule steps after.
+    monitor : Monitor or None
+        What a plateau schedule follows.
+    counts : dict of str to int
+        Iterations, epochs and validations so far.
 
     Raises
     ------
@@ -45,7 +133,11 @@ class Schedule:
     """
 
     def __init__(
-        self, config: "SchedulerConfig", optimizer_config: "OptimizerConfig", optimizer: Optimizer | None = None
+        self,
+        config: "SchedulerConfig",
+        optimizer_config: "OptimizerConfig",
+        optimizer: Optimizer | None = None,
+        length: RunLength | None = None,
     ) -> None:
         self.reference = reference_optimizer(optimizer_config)
         self.initial = {key: value for key, value in self.reference.param_groups[0].items() if key != "params"}
@@ -53,70 +145,191 @@ class Schedule:
         self.changed: set[str] = set()
         self.group_initial = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
         self.terminate_below = config.terminate_on_low_lr or 0.0
+        self.warmup = _checked_warmup(config.warmup)
         self.unit = config.unit or scheduler_unit(resolve(config.class_))
-        kwargs = dict(config.kwargs)
-        self.metric_name = str(kwargs.pop("metric_name", "loss")).removeprefix("val/")
+        if self.unit not in UNITS:
+            raise ConfigError(f"scheduler.unit: {self.unit!r} is not a unit; {nearest(self.unit, UNITS)}")
+        self.counts = dict.fromkeys(UNITS, 0)
+
+        total = asdict(length or UNKNOWN_LENGTH)[self.unit]
+        kwargs = _with_total(dict(config.kwargs), total)
+        self.rests_after = total if kwargs != config.kwargs else None
+        base = {key: value for key, value in self.initial.items() if key in optimizer_config.kwargs}
+        self.arguments = json.dumps([config.class_, kwargs, self.unit, base], default=str)
+        followed = kwargs.pop("metric_name", "loss")
+        self.name = config.class_
         try:
             self.scheduler = _make_scheduler(config.class_, kwargs, self.reference)
         except ConfigError:
             raise
         except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise ConfigError(f"scheduler: {config.class_}: {error}") from error
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        self.monitor = Monitor(followed, "scheduler.kwargs.metric_name") if plateau else None
+        if length is not None:
+            self._check_end(total)
+        self.parts = scheduler_state.parts(self.scheduler, config.class_)
         if isinstance(self.scheduler, ParamScheduler):
             self.scheduler(None)  # Ignite's schedulers set their first value when called, those of torch when built
-        self.peak = self.rate
+        self.peak = self._scheduled_rate
         self._follow()
 
     @property
     def rate(self) -> float:
         """Base learning rate now."""
-        return float(self.reference.param_groups[0]["lr"])
+        return self._scheduled_rate * self._warmup_factor
 
     @property
     def exhausted(self) -> bool:
-        """Whether the base rate has fallen below ``terminate_on_low_lr`` (during a warm-up it was never above)."""
-        return self.rate < self.terminate_below <= self.peak
+        """Whether the scheduled rate has fallen below ``terminate_on_low_lr``.
 
-    def step(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Go one unit on; a plateau schedule reads its metric from ``metrics``.
+        While a rate grows at the beginning, it was never above, and this is false.
+        """
+        return self._scheduled_rate < self.terminate_below <= self.peak
+
+    @property
+    def _scheduled_rate(self) -> float:
+        """Base rate without warm-up."""
+        return float(self.reference.param_groups[0]["lr"])
+
+    @property
+    def _warmup_factor(self) -> float:
+        done = self.counts["iteration"]
+        if self.warmup is None or done >= self.warmup.iterations:
+            return 1.0
+        return self.warmup.start + (1.0 - self.warmup.start) * done / self.warmup.iterations
+
+    # --- what the loop calls ---
+
+    def iteration(self) -> None:
+        """Go on after a step of the optimiser."""
+        self._count("iteration")
+
+    def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Go on after an epoch; a plateau schedule with the unit epoch reads the ``metrics`` of its validation."""
+        self._count("epoch", metrics)
+
+    def validation(self, metrics: Mapping[str, float]) -> None:
+        """Go on after a validation, be it at the end of an epoch or between.
 
         Raises
         ------
         ConfigError
-            The metric that the schedule watches is not among ``metrics``.
+            A metric that the schedule follows is not among ``metrics``.
         """
-        self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
-        self.check_metric(metrics or {})
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            assert metrics is not None
-            self.scheduler.step(metrics[self.metric_name])
-        elif isinstance(self.scheduler, ParamScheduler):
-            self.scheduler(None)
-        else:
-            self.scheduler.step()
-        self.peak = max(self.peak, self.rate)
-        self._follow()
+        self._count("validation", metrics)
+
+    def step(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Go one unit on, whichever it is; a plateau schedule reads ``metrics``."""
+        self._count(self.unit, metrics)
+
+    @property
+    def followed(self) -> list[str]:
+        """Metrics that the schedule reads; none but for a plateau."""
+        return [] if self.monitor is None else list(self.monitor.weights)
 
     def check_metric(self, metrics: Mapping[str, float]) -> None:
-        """Raise ConfigError if the schedule watches a metric that is not among ``metrics``."""
-        if isinstance(self.scheduler, ReduceLROnPlateau) and self.metric_name not in metrics:
+        """Raise ConfigError if the schedule follows a metric that is not among ``metrics``."""
+        if self.monitor is not None:
+            self.monitor.check(metrics)
+
+    def _count(self, unit: str, metrics: Mapping[str, float] | None = None) -> None:
+        self.counts[unit] += 1
+        if unit == self.unit and (self.rests_after is None or self.counts[unit] < self.rests_after):
+            self._advance(metrics)
+        self._follow()
+
+    def _check_end(self, total: int) -> None:
+        """Refuse a cycle that is over before the run: torch raises then, perhaps after weeks."""
+        if isinstance(self.scheduler, OneCycleLR) and self.scheduler.total_steps < total:
             raise ConfigError(
-                f"scheduler.kwargs.metric_name: {self.metric_name} is not a validation metric; known: "
-                f"{', '.join(metrics)}"
+                f"scheduler.kwargs.total_steps: the cycle ends after {self.scheduler.total_steps} steps, the run has "
+                f"{total} ({self.unit}s); use total_steps: {TOTAL}"
             )
+
+    def _advance(self, metrics: Mapping[str, float] | None) -> None:
+        self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
+        try:
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                assert self.monitor is not None
+                self.scheduler.step(self.monitor.value(metrics or {}))
+            elif isinstance(self.scheduler, ParamScheduler):
+                self.scheduler(None)
+            else:
+                self.scheduler.step()
+        except ConfigError:
+            raise
+        except (ValueError, ArithmeticError) as error:
+            step = self.counts[self.unit]
+            raise ConfigError(f"scheduler.kwargs: {self.name} fails after {self.unit} {step}: {error}") from error
+        self.peak = max(self.peak, self._scheduled_rate)
 
     def _follow(self) -> None:
         """Carry what the schedule changed over to the optimiser's groups, in proportion to their own values."""
         if self.optimizer is None:
             return
-        for key, value in self.reference.param_groups[0].items():
-            if key in self.initial and value != self.initial[key]:
-                self.changed.add(key)
+        now = self.reference.param_groups[0]
+        self.changed |= {key for key, value in self.initial.items() if now[key] != value}
+        if self.warmup is not None:
+            self.changed.add("lr")
         for key in self.changed:
-            value = self.reference.param_groups[0][key]
             for group, own in zip(self.optimizer.param_groups, self.group_initial, strict=True):
-                scales = isinstance(value, float) and self.initial[key] != 0
-                group[key] = own[key] * (value / self.initial[key]) if scales else value
+                scales = isinstance(now[key], float) and self.initial[key] != 0
+                group[key] = own[key] * (now[key] / self.initial[key]) if scales else now[key]
+                if key == "lr":
+                    group[key] *= self._warmup_factor
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: numbers, texts, lists and mappings only."""
+        group = {key: value for key, value in self.reference.param_groups[0].items() if key != "params"}
+        return {
+            "arguments": self.arguments,
+            "counts": dict(self.counts),
+            "scheduler": scheduler_state.state_of(self.parts),
+            "group": scheduler_state.copied(group),
+            "changed": sorted(self.changed),
+            "peak": self.peak,
+            "share": self._scheduled_rate / self.initial["lr"],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, at rates that are bitwise the same; restore the optimiser before.
+
+        If the settings of the schedule have changed (also by ``total``, when epochs were added), it goes on as if they
+        had been the new ones from the beginning. A plateau, whose past is not known, keeps the share of the base rate
+        that it had come down to, and its patience begins anew. Both are said in the log.
+        """
+        if state["arguments"] == self.arguments and scheduler_state.fits(self.parts, state["scheduler"]):
+            scheduler_state.restore(self.parts, state["scheduler"])
+            self.reference.param_groups[0].update(scheduler_state.copied(state["group"]))
+            self.counts = dict(state["counts"])
+            self.changed = set(state["changed"])
+            self.peak = state["peak"]
+            self._follow()
+        else:
+            self._begin_again(state)
+
+    def _begin_again(self, state: Mapping[str, Any]) -> None:
+        """Bring a schedule with other settings to where the one of a checkpoint was."""
+        counts = dict(state["counts"])
+        if self.monitor is None:
+            logger.warning(
+                "the schedule is not that of the checkpoint; it goes on as if it had been from the beginning"
+            )
+            for _ in range(counts[self.unit]):
+                self.step()
+        else:
+            share = state["share"]
+            logger.warning(
+                "the schedule is not that of the checkpoint; it goes on at %.3g of the base rate, its patience anew",
+                share,
+            )
+            self.reference.param_groups[0]["lr"] *= share
+        self.counts = counts
+        self.changed.add("lr")
+        self._follow()
 
 
 def scheduler_unit(target: Any) -> str:
@@ -127,6 +340,8 @@ def scheduler_unit(target: Any) -> str:
     ValueError
         Not a scheduler of the learning rate.
     """
+    if target is create_lr_scheduler_with_warmup:
+        return "iteration"
     if isinstance(target, type) and issubclass(target, ReduceLROnPlateauScheduler | ReduceLROnPlateau):
         return "validation"
     if isinstance(target, type) and issubclass(target, ParamScheduler):
@@ -137,10 +352,30 @@ def scheduler_unit(target: Any) -> str:
     raise ValueError(f"{name} is not a scheduler of ignite.handlers or torch.optim.lr_scheduler")
 
 
+def _checked_warmup(warmup: "WarmupConfig | None") -> "WarmupConfig | None":
+    if warmup is not None and warmup.iterations < 1:
+        raise ConfigError(f"scheduler.warmup.iterations: expected 1 or more, found {warmup.iterations}")
+    if warmup is not None and not 0 < warmup.start <= 1:
+        raise ConfigError(f"scheduler.warmup.start: expected a share of the rate in (0, 1], found {warmup.start}")
+    return warmup
+
+
+def _with_total(value: Any, total: int) -> Any:
+    """Return arguments with the number of steps in place of the word ``total``, however deep."""
+    if isinstance(value, Mapping):
+        return {key: _with_total(item, total) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_total(item, total) for item in value]
+    return total if value == TOTAL else value
+
+
 def _make_scheduler(name: str, kwargs: Mapping[str, Any], optimizer: Optimizer) -> Any:
     """Build a scheduler over ``optimizer``; nodes ``{class, kwargs}`` among its arguments are built before it."""
     target = resolve(name)
     arguments = {key: _make_nodes(value, optimizer) for key, value in kwargs.items()}
+    for key in FUNCTIONS:
+        if isinstance(arguments.get(key), str):
+            arguments[key] = _function(arguments[key], f"scheduler.kwargs.{key}")
     if target is ReduceLROnPlateauScheduler:
         # Ignite's class reads the metric from an engine and ignores min_lr; what it wraps does the work here.
         target = ReduceLROnPlateau
@@ -151,6 +386,16 @@ def _make_scheduler(name: str, kwargs: Mapping[str, Any], optimizer: Optimizer) 
     if "optimizer" in (accepted_keywords(target) or []):
         arguments["optimizer"] = optimizer
     return target(**arguments)
+
+
+def _function(name: str, where: str) -> Any:
+    try:
+        function = resolve(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: expected the dotted name of a function: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{where}: {name} is not a function")
+    return function
 
 
 def _make_nodes(value: Any, optimizer: Optimizer) -> Any:

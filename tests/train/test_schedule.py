@@ -157,7 +157,7 @@ def test_schedule_of_another_parameter_scales_it():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        (TORCH + "LambdaLR", {"lr_lambda": "x"}, "scheduler: torch.optim.lr_scheduler.LambdaLR"),
+        (TORCH + "LambdaLR", {"lr_lambda": "x"}, "scheduler.kwargs.lr_lambda: expected the dotted name of a function"),
         (TORCH + "CosineAnnealingLR", {}, "T_max"),
         (IGNITE + "CosineAnnealingScheduler", {"start_value": 1.0, "end_value": 0.0, "cycle_size": 1}, "cycle_size"),
         (IGNITE + "ConcatScheduler", {"schedulers": [{"class": "x.Y", "duration": 3}], "durations": []}, "duration"),
