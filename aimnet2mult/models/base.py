@@ -280,6 +280,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return checkpoint
 
 
+def names_in_checkpoint(checkpoint: Mapping[str, Any], num_fidelities: int) -> dict[int, str]:
+    """Name of each fidelity of a checkpoint, ``fid0``, ``fid1``, ... where it has none."""
+    names = checkpoint.get("fidelity_names") or {}
+    return {f: names.get(f, f"fid{f}") for f in range(num_fidelities)}
+
+
 # --------------------------------------------------------------------------------------------------
 # how weights are spread over fidelities
 # --------------------------------------------------------------------------------------------------

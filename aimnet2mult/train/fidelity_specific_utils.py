@@ -1,23 +1,48 @@
 """Transfer learning: weights of one model as the start of another with other fidelities.
 
-Fidelity f of the model starts from fidelity s(f) of the checkpoint: the same number where the checkpoint has it, 0
-where it does not (or what ``init_from`` says). Tables with a row per element type (embedding, atomic shifts) are taken
-block by block, readouts of a fidelity one by one, and everything else (the passes, the convolutions) as it is.
+Fidelity f of the model starts from fidelity s(f) of the checkpoint: what ``init_from`` says, else the one of the same
+name, else the closest one, by errors of its predictions on data of f (`choose_sources`). Tables with a row per element
+type (embedding, atomic shifts) are taken block by block, readouts of a fidelity one by one, and everything else (the
+passes, the convolutions) as it is (`transfer_weights`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aimnet2mult.config.builder import ConfigError, nearest
 from aimnet2mult.constants import FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, element_names
+from aimnet2mult.data.base import FIDELITY_KEY, Sample
+from aimnet2mult.data.collate import collate
+from aimnet2mult.data.mixed import MixedFidelityDataset
+from aimnet2mult.data.sae import composition
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.base import HEAD_KEY, CheckpointError, Layout, layout_of_weights, unused_copies
+from aimnet2mult.models.base import (
+    HEAD_KEY,
+    CheckpointError,
+    Layout,
+    build_model,
+    layout_of_weights,
+    names_in_checkpoint,
+    unused_copies,
+)
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
+from aimnet2mult.modules import Forces
+from aimnet2mult.nbops import decode_fidelity, encode_fidelity
+from aimnet2mult.utils.text import element_ranges, text_table
 
 READOUT_PREFIXES = ("outputs.", "shared_readouts.", "fidelity_readouts.")
 """Weights that a model may have and another not; all others must agree."""
+
+MEASURED_MOLECULES = 200
+"""Molecules of a new fidelity on which predictions of the old ones are compared."""
+
+ATOMS_PER_CALL = 1000
+"""Places for atoms in one evaluation of the comparison."""
 
 
 def layout_of_model(model: nn.Module) -> Layout:
@@ -31,35 +56,325 @@ def layout_of_model(model: nn.Module) -> Layout:
     )
 
 
-def fidelity_sources(
-    num_fidelities: int, num_in_checkpoint: int, init_from: Mapping[int, int] | None = None
-) -> dict[int, int]:
-    """Fidelity of the checkpoint from which each fidelity of the model starts.
-
-    Parameters
-    ----------
-    num_fidelities, num_in_checkpoint : int
-        Fidelities of the model and of the checkpoint.
-    init_from : mapping, optional
-        {fidelity of the model: fidelity of the checkpoint}, where it shall be another than the default: the same, or
-        0 if the checkpoint does not have the same.
+def fidelity_number(name: str, names: Mapping[int, str], where: str) -> int:
+    """Return the number of a fidelity from its name, or from its number as text.
 
     Raises
     ------
-    ValueError
-        ``init_from`` names a fidelity that does not exist.
+    ConfigError
+        There is no such fidelity; the message begins with ``where`` and offers the nearest names.
     """
-    sources = {f: f if f < num_in_checkpoint else 0 for f in range(num_fidelities)}
-    for fidelity, source in (init_from or {}).items():
-        if fidelity not in sources:
-            raise ValueError(f"init_from: the model has no fidelity {fidelity} (fidelities 0 to {num_fidelities - 1})")
-        if not 0 <= source < num_in_checkpoint:
-            raise ValueError(
-                f"init_from.{fidelity}: the checkpoint has no fidelity {source} "
-                f"(fidelities 0 to {num_in_checkpoint - 1})"
-            )
-        sources[fidelity] = source
-    return sources
+    by_name = {known: f for f, known in names.items()}
+    if name in by_name:
+        return by_name[name]
+    if name.isdecimal() and int(name) in names:
+        return int(name)
+    raise ConfigError(f"{where}: there is no fidelity {name}; {nearest(name, list(by_name))}")
+
+
+# --------------------------------------------------------------------------------------------------
+# where each fidelity starts
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a fidelity of the model starts.
+
+    Attributes
+    ----------
+    source : int
+        Fidelity of the checkpoint.
+    reason : str
+        Why this one, for the log.
+    """
+
+    source: int
+    reason: str
+
+
+def start_from_checkpoint(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    dataset: MixedFidelityDataset,
+    indices: np.ndarray,
+    names: Mapping[int, str],
+    init_from: Mapping[str, str],
+) -> list[str]:
+    """Start the model of a run from a checkpoint.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    checkpoint : mapping
+        As `models.base.load_checkpoint` returns it.
+    model_config : mapping
+        ``class`` and ``kwargs`` of the single-fidelity model.
+    dataset, indices
+        Data of the run, and which of its molecules are trained on, (n,) int.
+    names : mapping
+        Name of each fidelity of the model.
+    init_from : mapping
+        As in `named_sources`.
+
+    Returns
+    -------
+    list of str
+        Lines for the log: where each fidelity starts, the table of what was loaded, initialised and ignored, and
+        elements that have to be learned from the start.
+
+    Raises
+    ------
+    CheckpointError, ConfigError
+        As `choose_sources` and `transfer_weights`; the model is left as it was.
+    """
+    starts = choose_sources(checkpoint, model_config, dataset, indices, names, init_from)
+    sources = {f: start.source for f, start in starts.items()}
+    rows = transfer_weights(model, checkpoint, sources, names)
+    old = names_in_checkpoint(checkpoint, max(sources.values()) + 1)
+    lines = [f"{names[f]} starts from {old[start.source]} ({start.reason})" for f, start in sorted(starts.items())]
+    lines += text_table(TransferRow._fields, rows)
+    for f, numbers in new_species(model, checkpoint, dataset.species, sources).items():
+        lines.append(f"{names[f]} learns elements that the checkpoint does not know: {element_names(numbers)}")
+    return lines
+
+
+def choose_sources(
+    checkpoint: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    dataset: MixedFidelityDataset,
+    indices: np.ndarray,
+    names: Mapping[int, str],
+    init_from: Mapping[str, str],
+) -> dict[int, Start]:
+    """Decide from which fidelity of a checkpoint each fidelity of a model starts.
+
+    What names say (`named_sources`) goes first; the others start from the closest one (`closest_fidelities`). The
+    parameters, and what is raised, are those of these two.
+    """
+    starts = named_sources(checkpoint, names, init_from, dataset.fidelity_offset)
+    new = [f for f in names if f not in starts]
+    if new:
+        known = names_in_checkpoint(checkpoint, _layout(checkpoint, dataset.fidelity_offset).num_fidelities)
+        measured = closest_fidelities(checkpoint, model_config, dataset, indices, {f: names[f] for f in new})
+        starts |= {f: Start(closest.source, closest.text(known)) for f, closest in measured.items()}
+    return starts
+
+
+def named_sources(
+    checkpoint: Mapping[str, Any],
+    names: Mapping[int, str],
+    init_from: Mapping[str, str],
+    default_offset: int = FIDELITY_OFFSET,
+) -> dict[int, Start]:
+    """Where fidelities start that need no measurement, because the settings or their names say so.
+
+    Parameters
+    ----------
+    checkpoint : mapping
+        As `models.base.load_checkpoint` returns it.
+    names : mapping
+        Name of each fidelity of the model.
+    init_from : mapping
+        {fidelity of the model: fidelity of the checkpoint}, by names or by numbers as text.
+    default_offset : int
+        Distance of element types, for checkpoints that do not tell.
+
+    Returns
+    -------
+    dict
+        Without fidelities that are new and could start from more than one. Where the fidelities of the model or of
+        the checkpoint have numbers instead of names (``fid0``, ``fid1``, ...), equal numbers belong together.
+
+    Raises
+    ------
+    ConfigError
+        ``init_from`` names a fidelity that does not exist, or one of the model twice.
+    """
+    known = names_in_checkpoint(checkpoint, _layout(checkpoint, default_offset).num_fidelities)
+    starts: dict[int, Start] = {}
+    for new, old in init_from.items():
+        f = fidelity_number(new, names, "init_from")
+        if f in starts:
+            raise ConfigError(f"init_from.{new}: {names[f]} is there twice, by its name and by its number; remove one")
+        starts[f] = Start(fidelity_number(old, known, f"init_from.{new}: in the checkpoint"), "init_from")
+    by_number = _are_numbers(names) or _are_numbers(known)
+    for f, name in names.items():
+        if f in starts:
+            continue
+        same = [k for k, other in known.items() if other == name]
+        if same:
+            starts[f] = Start(same[0], "the same name")
+        elif len(known) == 1:
+            starts[f] = Start(0, "the only one of the checkpoint")
+        elif by_number and f in known:
+            starts[f] = Start(f, "the same number")
+    return dict(sorted(starts.items()))
+
+
+def _are_numbers(names: Mapping[int, str]) -> bool:
+    """Tell whether fidelities have no names but the numbers that stand in for them."""
+    return all(name == f"fid{f}" for f, name in names.items())
+
+
+def _layout(checkpoint: Mapping[str, Any], default_offset: int) -> Layout:
+    return layout_of_weights(checkpoint["model"], checkpoint, default_offset)
+
+
+@dataclass(frozen=True)
+class Closest:
+    """Which fidelity of a checkpoint predicts the labels of a new one best.
+
+    Attributes
+    ----------
+    source : int
+        That fidelity.
+    quantity, unit : str
+        What was compared.
+    errors : dict
+        Fidelity of the checkpoint -> its error.
+    n_molecules : int
+        Number of molecules on which it was measured.
+    """
+
+    source: int
+    quantity: str
+    unit: str
+    errors: dict[int, float]
+    n_molecules: int
+
+    def text(self, names: Mapping[int, str]) -> str:
+        """Say what was measured: ``closest by force RMSE on 200 molecules: dft 0.12, gfn2 0.4 eV/Å``."""
+        numbers = ", ".join(f"{names[f]} {error:.4g}" for f, error in self.errors.items())
+        return f"closest by {self.quantity} on {self.n_molecules} molecules: {numbers} {self.unit}"
+
+
+def closest_fidelities(
+    checkpoint: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    dataset: MixedFidelityDataset,
+    indices: np.ndarray,
+    names: Mapping[int, str],
+    max_molecules: int = MEASURED_MOLECULES,
+) -> dict[int, Closest]:
+    """Find out which fidelity of a checkpoint is the closest to each of some new ones.
+
+    Each fidelity of the checkpoint predicts the same molecules of the new one, evenly spaced among those that are
+    trained on. With force labels their RMSE counts, else that of the energies after removal of the offsets per
+    element that fit best, so that another reference of the energies does not matter. Only molecules count whose
+    elements all compared fidelities know. Everything happens on the CPU and without random numbers, so that each
+    process finds the same.
+
+    Parameters
+    ----------
+    checkpoint : mapping
+        As `models.base.load_checkpoint` returns it.
+    model_config : mapping
+        ``class`` and ``kwargs`` of the single-fidelity model.
+    dataset, indices
+        Data of the run, and which of its molecules are trained on, (n,) int.
+    names : mapping
+        The new fidelities, those to be measured: number in ``dataset`` -> name.
+    max_molecules : int
+        Number of molecules to look at.
+
+    Returns
+    -------
+    dict
+        New fidelity -> `Closest`.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is of another architecture.
+    ConfigError
+        Nothing to measure by: no molecules, labels or common elements. The message asks for ``init_from``.
+    """
+    layout = _layout(checkpoint, dataset.fidelity_offset)
+    with torch.random.fork_rng(devices=[]):  # the initial weights, all replaced, use up no random numbers of the run
+        model = build_model(dict(model_config), layout.num_fidelities, layout.offset, layout.heads)
+    transfer_weights(model, checkpoint)
+    forces_model = Forces(model.eval())
+    elements = {k: set(known_elements(checkpoint, layout, k)) for k in range(layout.num_fidelities)}
+    result = {}
+    for f, name in names.items():
+        mine = indices[dataset.fidelities[indices] == f]
+        places = np.linspace(0, len(mine) - 1, min(len(mine), max_molecules)).round().astype(int)
+        samples = dataset.__getitems__(mine[places].tolist())
+        plain = [{**s, "numbers": decode_fidelity(s["numbers"], dataset.fidelity_offset)[0]} for s in samples]
+        result[f] = _closest(forces_model, layout, plain, elements, name)
+    return result
+
+
+def _closest(
+    model: Forces, layout: Layout, samples: Sequence[Sample], elements: Mapping[int, set[int]], name: str
+) -> Closest:
+    """Compare the fidelities of a model on samples with plain atomic numbers."""
+    remedy = f"say in init_from.{name} which fidelity of the checkpoint it starts from"
+    label = next((key for key in ("forces", "energy") if any(s.get(key) is not None for s in samples)), None)
+    if label is None:
+        raise ConfigError(f"{name} has neither force nor energy labels to measure which one is closest; {remedy}")
+    labelled = [s for s in samples if s.get(label) is not None]
+    present = [set(s["numbers"].tolist()) for s in labelled]
+    usable = {k: {i for i, found in enumerate(present) if found <= known} for k, known in elements.items()}
+    # Those that know the fewest molecules drop out until there are molecules that all of the others know.
+    candidates = sorted(usable, key=lambda k: (-len(usable[k]), k))
+    while not (common := set.intersection(*(usable[k] for k in candidates))) and len(candidates) > 1:
+        candidates.pop()
+    chosen = [labelled[i] for i in sorted(common)]
+    if not chosen:
+        raise ConfigError(f"{name}: no fidelity of the checkpoint knows the elements of its molecules; {remedy}")
+    errors = {k: _error(model, layout, chosen, k, label, f"{name}; {remedy}") for k in sorted(candidates)}
+    finite = [k for k, error in errors.items() if np.isfinite(error)]
+    if not finite:
+        raise ConfigError(f"{name}: the predictions of the checkpoint are not finite; {remedy}")
+    quantity, unit = ("force RMSE", "eV/Å") if label == "forces" else ("spread of energies", "eV")
+    # Rounded, so that the last digits, in which processors differ, do not decide between equals.
+    source = min(finite, key=lambda k: (float(f"{errors[k]:.6g}"), k))
+    return Closest(source, quantity, unit, errors, len(chosen))
+
+
+def _error(model: Forces, layout: Layout, samples: Sequence[Sample], fidelity: int, label: str, where: str) -> float:
+    """RMSE of the predictions of a fidelity: of forces, or of energies without offsets per element."""
+    differences, counts = [], []
+    for part in _portions(samples):
+        x, y = collate(part)
+        plain = x["numbers"]
+        fidelities = torch.full_like(x[FIDELITY_KEY], fidelity)
+        x = {**x, "numbers": encode_fidelity(plain, fidelity, layout.offset), FIDELITY_KEY: fidelities}
+        with torch.no_grad():
+            difference = model(x, compute_forces=label == "forces")[label].double() - y[label].double()
+        differences.append(difference[plain > 0].flatten() if label == "forces" else difference)
+        counts.append(plain.numpy())
+    values = torch.cat(differences).numpy()
+    if label == "energy" and np.isfinite(values).all():
+        values = _without_offsets(values, counts, where)
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _without_offsets(values: np.ndarray, numbers: Sequence[np.ndarray], where: str) -> np.ndarray:
+    """Energies (n,) minus the sums of the offsets per element that fit them best."""
+    elements = sorted({int(z) for part in numbers for z in np.unique(part) if z > 0})
+    counts = np.concatenate([composition(part, elements) for part in numbers]).astype(np.float64)
+    offsets, _, rank, _ = np.linalg.lstsq(counts, values, rcond=None)
+    if len(values) <= rank:
+        raise ConfigError(
+            f"{len(values)} molecules with an energy are too few to measure which fidelity is closest to {where}"
+        )
+    return values - counts @ offsets
+
+
+def _portions(samples: Sequence[Sample]) -> Iterable[list[Sample]]:
+    """Divide samples, the small ones first, into portions of `ATOMS_PER_CALL` places."""
+    portion: list[Sample] = []
+    for sample in sorted(samples, key=lambda s: len(s["numbers"])):
+        if portion and (len(portion) + 1) * len(sample["numbers"]) > ATOMS_PER_CALL:
+            yield portion
+            portion = []
+        portion.append(sample)
+    yield portion
 
 
 def sources_by_name(names: Mapping[int, str], checkpoint: Mapping[str, Any]) -> dict[int, int]:
@@ -98,6 +413,11 @@ def log_of_names(names: Mapping[int, str], checkpoint: Mapping[str, Any], source
     return [f"{name} is new: its embedding and readouts start from {first}" for name in new]
 
 
+# --------------------------------------------------------------------------------------------------
+# elements
+# --------------------------------------------------------------------------------------------------
+
+
 def known_elements(checkpoint: Mapping[str, Any], layout: Layout, fidelity: int) -> list[int]:
     """Elements that a fidelity of a checkpoint knows.
 
@@ -125,7 +445,7 @@ def new_species(
     model: nn.Module,
     checkpoint: Mapping[str, Any],
     species: Mapping[int, Sequence[int]],
-    init_from: Mapping[int, int] | None = None,
+    sources: Mapping[int, int] | None = None,
 ) -> dict[int, list[int]]:
     """Elements of the data whose weights do not come from training: they have to be learned from the start.
 
@@ -137,7 +457,7 @@ def new_species(
         What it is filled from.
     species : mapping
         Elements in the data of each fidelity.
-    init_from : mapping, optional
+    sources : mapping, optional
         As in `transfer_weights`.
 
     Returns
@@ -146,19 +466,46 @@ def new_species(
         Fidelity -> atomic numbers, without fidelities where all elements are known.
     """
     own = layout_of_model(model)
-    layout = layout_of_weights(checkpoint["model"], checkpoint, own.offset)
-    sources = fidelity_sources(own.num_fidelities, layout.num_fidelities, init_from)
+    layout = _layout(checkpoint, own.offset)
+    starts = _complete(sources or {}, own.num_fidelities, layout.num_fidelities)
     result = {}
     for fidelity, numbers in species.items():
-        known = set(known_elements(checkpoint, layout, sources[fidelity]))
+        known = set(known_elements(checkpoint, layout, starts[fidelity]))
         if unknown := sorted(set(numbers) - known):
             result[fidelity] = unknown
     return result
 
 
+# --------------------------------------------------------------------------------------------------
+# weights
+# --------------------------------------------------------------------------------------------------
+
+
+class TransferRow(NamedTuple):
+    """A line of the table of what was loaded, initialised and ignored.
+
+    Attributes
+    ----------
+    into, origin : str
+        Module or table rows of the model, and of the checkpoint; ``-`` for none.
+    weights : int
+        How many numbers.
+    event : str
+        What happened.
+    """
+
+    into: str
+    origin: str
+    weights: int
+    event: str
+
+
 def transfer_weights(
-    model: nn.Module, checkpoint: Mapping[str, Any], init_from: Mapping[int, int] | None = None
-) -> list[str]:
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    sources: Mapping[int, int] | None = None,
+    names: Mapping[int, str] | None = None,
+) -> list[TransferRow]:
     """Start a model from the weights of a checkpoint that may have other fidelities.
 
     Weights that the checkpoint does not have keep the values of the model. Without an error the model is changed in
@@ -170,13 +517,16 @@ def transfer_weights(
         `AIMNet2` or `MixedFidelityAIMNet2`.
     checkpoint : mapping
         As `models.base.load_checkpoint` returns it; ``model`` holds the weights.
-    init_from : mapping, optional
-        {fidelity of the model: fidelity of the checkpoint} where it is not the default (`fidelity_sources`).
+    sources : mapping, optional
+        {fidelity of the model: fidelity of the checkpoint} (`choose_sources`); where it does not say, the one of the
+        same number, or the only one.
+    names : mapping, optional
+        Name of each fidelity of the model, for the table; default ``fid0``, ``fid1``, ...
 
     Returns
     -------
-    list of str
-        What was loaded, initialised and ignored, one sentence each, for the log.
+    list of TransferRow
+        What was loaded, initialised and ignored.
 
     Raises
     ------
@@ -184,29 +534,52 @@ def transfer_weights(
         The checkpoint is of another architecture: a weight outside the readouts is missing, left over, or has
         another shape, or the radial basis is another. The message names the first few keys.
     ValueError
-        ``init_from`` names a fidelity that does not exist.
+        ``sources`` names a fidelity that does not exist, or does not say where a new one starts.
     """
     own = layout_of_model(model)
     copies = unused_copies(checkpoint["model"])
     weights = {key: value for key, value in checkpoint["model"].items() if key not in copies}
     layout = layout_of_weights(weights, checkpoint, own.offset)
-    sources = fidelity_sources(own.num_fidelities, layout.num_fidelities, init_from)
+    starts = _complete(sources or {}, own.num_fidelities, layout.num_fidelities)
     settings = {key for key, _ in model.named_buffers()} | {key for key in model.state_dict() if key.startswith("aev.")}
-    transfer = _Transfer(model.state_dict(), own, weights, layout, sources, settings)
+    labels = names or {f: f"fid{f}" for f in range(own.num_fidelities)}
+    known = names_in_checkpoint(checkpoint, layout.num_fidelities)
+    transfer = _Transfer(model.state_dict(), own, labels, weights, layout, known, starts, settings)
     transfer.collect()
     transfer.check()
 
     model.load_state_dict(transfer.values)
     if isinstance(model, AIMNet2):
         model.update_keys_and_cutoffs()
-    log = transfer.log()
+    rows = transfer.rows()
     if copies:
-        log.append(f"ignored {len(copies)} copies of readouts that a mixed model of this layout does not use")
-    return log
+        prefixes = sorted({key.partition(".")[0] for key in copies})
+        count = sum(checkpoint["model"][key].numel() for key in copies)
+        rows.append(TransferRow("-", ", ".join(prefixes), count, "ignored: copies that a mixed model does not use"))
+    return rows
+
+
+def _complete(sources: Mapping[int, int], num_fidelities: int, num_in_checkpoint: int) -> dict[int, int]:
+    """Check ``sources`` of `transfer_weights`, and add what they leave out."""
+    for fidelity, source in sources.items():
+        if not 0 <= fidelity < num_fidelities:
+            raise ValueError(f"the model has no fidelity {fidelity} (fidelities 0 to {num_fidelities - 1})")
+        if not 0 <= source < num_in_checkpoint:
+            raise ValueError(f"the checkpoint has no fidelity {source} (fidelities 0 to {num_in_checkpoint - 1})")
+    common = range(min(num_fidelities, num_in_checkpoint))
+    complete = {**dict(zip(common, common, strict=True)), **sources}
+    if num_in_checkpoint == 1:
+        complete = dict.fromkeys(range(num_fidelities), 0)
+    for f in range(num_fidelities):
+        if f not in complete:
+            raise ValueError(
+                f"fidelity {f} is new: say from which one of the checkpoint it starts (0 to {num_in_checkpoint - 1})"
+            )
+    return dict(sorted(complete.items()))
 
 
 class _Transfer:
-    """The new values of a model's weights, and the notes for messages that arise on the way.
+    """The new values of a model's weights, and what happened to each of them.
 
     Parameters
     ----------
@@ -214,6 +587,8 @@ class _Transfer:
         State dict of the model.
     own_layout, layout : Layout
         Of the model and of the checkpoint.
+    own_names, names : mapping
+        Names of the fidelities of the model and of the checkpoint.
     weights : mapping
         State dict of the checkpoint, without unused copies.
     sources : mapping
@@ -226,19 +601,19 @@ class _Transfer:
         self,
         own: Mapping[str, Tensor],
         own_layout: Layout,
+        own_names: Mapping[int, str],
         weights: Mapping[str, Tensor],
         layout: Layout,
+        names: Mapping[int, str],
         sources: Mapping[int, int],
         settings: set[str],
     ) -> None:
-        self.own, self.own_layout = own, own_layout
-        self.weights, self.layout = weights, layout
+        self.own, self.own_layout, self.own_names = own, own_layout, own_names
+        self.weights, self.layout, self.names = weights, layout, names
         self.sources, self.settings = sources, settings
         self.values: dict[str, Tensor] = {}
         self.used: set[str] = set()
-        self.initialised: list[str] = []
-        self.kept: list[str] = []
-        self.converted: set[str] = set()
+        self.counts: dict[tuple[str, str, str], int] = {}
         self.problems: list[str] = []
 
     def collect(self) -> None:
@@ -258,58 +633,34 @@ class _Transfer:
                 f"the checkpoint is of another architecture: {shown}{more}. Use the model file of the checkpoint"
             )
 
-    def log(self) -> list[str]:
-        """Return a sentence for everything that a user should know about the transfer."""
-        n_own, n_given = self.own_layout.num_fidelities, self.layout.num_fidelities
-        log = [f"loaded weights of {_fidelities(range(n_given))} into a model of {_fidelities(range(n_own))}"]
-        if self.own_layout.rows != self.layout.rows:
-            verb = "grows" if self.own_layout.rows > self.layout.rows else "shrinks"
-            log.append(f"the table of element types {verb} from {self.layout.rows} to {self.own_layout.rows} rows")
-        for fidelity, source in self.sources.items():
-            if fidelity != source:
-                log.append(f"fidelity {fidelity} starts from fidelity {source} of the checkpoint")
-        log += self._log_readouts()
-        left_out = sorted(set(range(n_given)) - set(self.sources.values()))
-        if left_out:
-            log.append(f"ignored {_fidelities(left_out)} of the checkpoint")
-        for fidelity, source in self.sources.items():
-            known = known_elements({"model": self.weights}, self.layout, source)
-            if len(known) < MAX_ATOMIC_NUMBER:
-                log.append(
-                    f"fidelity {fidelity}: the checkpoint has embeddings of {_element_ranges(known)} only; the other "
-                    "elements keep the initial ones of the model"
-                )
-        if self.converted:
-            log.append(f"converted to the precision of the model: {', '.join(sorted(self.converted))}")
-        if self.initialised:
-            log.append(f"not in the checkpoint, initialised anew: {_modules(self.initialised)}")
-        if self.kept:
-            log.append(f"differs from the checkpoint, the model's value is kept: {', '.join(self.kept)}")
-        ignored = [k for k in self.weights if k not in self.used and not self._of_ignored_fidelity(k)]
-        if ignored:
-            log.append(f"not in the model, ignored: {_modules(ignored)}")
-        return log
+    def rows(self) -> list[TransferRow]:
+        """Return the table: what came into the model, then what of the checkpoint was ignored."""
+        rows = [TransferRow(into, origin, n, event) for (into, origin, event), n in self.counts.items()]
+        left_out = sorted(set(range(self.layout.num_fidelities)) - set(self.sources.values()))
+        embedding = self.weights["afv.weight"]
+        for f in left_out:
+            count = _block_of(embedding, self.layout, f).numel()
+            rows.append(TransferRow("-", f"afv, rows of {self.names[f]}", count, "ignored: nothing starts from it"))
+        ignored: dict[tuple[str, str], int] = {}
+        for key, value in self.weights.items():
+            if key not in self.used:
+                head = HEAD_KEY.fullmatch(key)
+                of_left_out = head is not None and int(head[1]) in left_out
+                event = "ignored: nothing starts from it" if of_left_out else "ignored: not in the model"
+                ignored[_module(key), event] = ignored.get((_module(key), event), 0) + value.numel()
+        return rows + [TransferRow("-", module, count, event) for (module, event), count in ignored.items()]
 
-    def _log_readouts(self) -> list[str]:
-        if self.own_layout.heads and not self.layout.heads and self.layout.num_fidelities > 1:
-            return ["the readouts of each fidelity start from the common ones of the checkpoint"]
-        if self.layout.heads and not self.own_layout.heads and self.own_layout.num_fidelities > 1:
-            return [f"the common readouts start from those of fidelity {self.sources[0]}"]
-        return []
+    def _note(self, into: str, origin: str, count: int, event: str) -> None:
+        self.counts[into, origin, event] = self.counts.get((into, origin, event), 0) + count
 
-    def _of_ignored_fidelity(self, key: str) -> bool:
-        match = HEAD_KEY.fullmatch(key)
-        return match is not None and int(match[1]) not in self.sources.values()
-
-    def _source_key(self, key: str, block: int) -> str | None:
+    def _source_key(self, key: str, fidelity: int) -> str | None:
         """Name in the checkpoint of a weight of the model; None if the checkpoint does not have it.
 
-        ``block`` is the fidelity of the model whose rows of a table are asked for; it decides about tables of
-        readouts that the fidelities of the model have in common.
+        ``fidelity`` is that of the model for which a weight of readouts is asked for.
         """
-        name, fidelity = key, block
+        name = key
         if match := HEAD_KEY.fullmatch(key):
-            fidelity, name = int(match[1]), match[2]
+            name = match[2]
         elif key.startswith(READOUT_PREFIXES):
             name = key.split(".", 1)[1]
         else:
@@ -321,10 +672,11 @@ class _Transfer:
 
     def _weight(self, key: str, value: Tensor) -> Tensor:
         """New value of a weight that is no table."""
-        source = self._source_key(key, block=0)
+        match = HEAD_KEY.fullmatch(key)
+        source = self._source_key(key, int(match[1]) if match else 0)
         if source is None:
             if key.startswith(READOUT_PREFIXES):
-                self.initialised.append(key)
+                self._note(_module(key), "-", value.numel(), NOT_IN_CHECKPOINT)
             else:
                 self.problems.append(f"{key} is not in the checkpoint")
             return value
@@ -334,76 +686,72 @@ class _Transfer:
             self._misfit(key, given, value)
             return value
         if key in self.settings:
-            self._compare_setting(key, given, value)
+            self._compare_setting(key, source, given, value)
             return value
-        return self._converted(key, given, value)
+        self._note(_module(key), _module(source), value.numel(), _loaded(given, value))
+        return given.to(value)
 
-    def _compare_setting(self, key: str, given: Tensor, value: Tensor) -> None:
-        if torch.allclose(given.to(value), value, rtol=1e-4, atol=1e-6):
-            return
-        if key.startswith("aev."):
-            self.problems.append(f"{key} is {_numbers(given)} in the checkpoint and {_numbers(value)} in the model")
-        else:
-            self.kept.append(f"{key} ({_numbers(value)} instead of {_numbers(given)})")
+    def _compare_setting(self, key: str, source: str, given: Tensor, value: Tensor) -> None:
+        event = "the same in the model file"
+        if not torch.allclose(given.to(value), value, rtol=1e-4, atol=1e-6):
+            if key.startswith("aev."):
+                self.problems.append(f"{key} is {_numbers(given)} in the checkpoint and {_numbers(value)} in the model")
+            name = key.rpartition(".")[2]
+            event = f"differs: {name} stays {_numbers(value)} ({_numbers(given)} in the checkpoint)"
+        self._note(_module(key), _module(source), value.numel(), event)
 
     def _table(self, key: str, value: Tensor) -> Tensor:
-        """New value of a table: the rows of each fidelity from those of its source, where it has them."""
+        """New value of a table: the rows of each fidelity from those of its source, where it has them.
+
+        Of a table among the readouts of one fidelity, only the rows of that fidelity are ever read.
+        """
         table = value.clone()
-        for fidelity, source_fidelity in self.sources.items():
+        match = HEAD_KEY.fullmatch(key)
+        for fidelity in [int(match[1])] if match else self.sources:
             source = self._source_key(key, fidelity)
+            target = _block_of(table, self.own_layout, fidelity)  # a view
+            into = f"{_module(key)}, rows of {self.own_names[fidelity]}"
             if source is None:
-                if key not in self.initialised:
-                    self.initialised.append(key)
+                self._note(into, "-", target.numel(), NOT_IN_CHECKPOINT)
                 continue
             given = self.weights[source]
             self.used.add(source)
             if given.shape[1:] != value.shape[1:]:
                 self._misfit(key, given, value)
                 return value
-            rows = _block_of(given, self.layout, source_fidelity)
+            old = self.sources[fidelity]
+            rows = _block_of(given, self.layout, old)
             # Of elements that the checkpoint marks as unknown, the other tables hold nothing either.
-            known = ~_block_of(self.weights["afv.weight"], self.layout, source_fidelity).isnan().any(dim=1)
-            target = _block_of(table, self.own_layout, fidelity)  # a view
+            known = ~_block_of(self.weights["afv.weight"], self.layout, old).isnan().any(dim=1)
             n = min(len(rows), len(known), len(target))
             usable = known[:n] & ~rows[:n].isnan().any(dim=1)
-            target[:n][usable] = self._converted(key, rows[:n][usable], value)
+            target[:n][usable] = rows[:n][usable].to(value)
+            count = int(usable.sum()) * value[0].numel()
+            self._note(into, f"{_module(source)}, rows of {self.names[old]}", count, _loaded(given, value))
+            unknown = [z for z in range(1, min(len(target), MAX_ATOMIC_NUMBER) + 1) if z > n or not usable[z - 1]]
+            if unknown:
+                event = f"initial values: the checkpoint does not know {element_ranges(unknown)}"
+                self._note(into, "-", len(unknown) * value[0].numel(), event)
         return table
-
-    def _converted(self, key: str, given: Tensor, value: Tensor) -> Tensor:
-        if given.dtype != value.dtype:
-            self.converted.add(f"{key} ({given.dtype} to {value.dtype})".replace("torch.", ""))
-        return given.to(value)
 
     def _misfit(self, key: str, given: Tensor, value: Tensor) -> None:
         self.problems.append(f"{key} is {tuple(given.shape)} in the checkpoint and {tuple(value.shape)} in the model")
 
 
-def _fidelities(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"fidelity {numbers[0]}"
-    return f"fidelities {', '.join(map(str, numbers))}"
+NOT_IN_CHECKPOINT = "initial values: not in the checkpoint"
+"""What happens to readouts that are new."""
 
 
-def _element_ranges(numbers: Sequence[int]) -> str:
-    """Names of elements, runs of neighbours in short: ``H (1) to Ne (10), Br (35)``."""
-    runs: list[list[int]] = []
-    for z in numbers:
-        if runs and z == runs[-1][-1] + 1:
-            runs[-1].append(z)
-        else:
-            runs.append([z])
-    return ", ".join(
-        f"{element_names(run[:1])} to {element_names(run[-1:])}" if len(run) > 2 else element_names(run) for run in runs
-    )
+def _loaded(given: Tensor, value: Tensor) -> str:
+    if given.dtype == value.dtype:
+        return "loaded"
+    return f"loaded, {given.dtype} to {value.dtype}".replace("torch.", "")
 
 
-def _modules(keys: Sequence[str]) -> str:
-    """Names of the modules that keys belong to, instead of each weight: ``outputs.energy_mlp``."""
-    names = []
-    for key in keys:
-        depth = 3 if HEAD_KEY.fullmatch(key) else 2
-        names.append(".".join(key.split(".")[:depth]))
-    return ", ".join(dict.fromkeys(names))
+def _module(key: str) -> str:
+    """Name of the module that a weight belongs to: ``mlps``, ``outputs.energy_mlp``."""
+    depth = 3 if HEAD_KEY.fullmatch(key) else 2 if key.startswith(READOUT_PREFIXES) else 1
+    return ".".join(key.split(".")[:depth])
 
 
 def _numbers(x: Tensor) -> str:

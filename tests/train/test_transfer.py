@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
 from aimnet2mult.train.fidelity_specific_utils import (
-    fidelity_sources,
+    TransferRow,
     known_elements,
     layout_of_weights,
     new_species,
@@ -79,18 +79,23 @@ def single_energies(config, single):
 @pytest.mark.parametrize("offset", [200, 150])
 def test_fidelities_that_the_checkpoint_has_predict_the_same(config, mixed, mixed_energies, num_fidelities, offset):
     model = build(config, num_fidelities, offset)
-    log = " | ".join(transfer_weights(model, mixed))
+    rows = transfer_weights(model, mixed, {f: 0 for f in range(3, num_fidelities)})
     for fidelity in range(num_fidelities):
         expected = mixed_energies[fidelity if fidelity < 3 else 0]
         assert torch.equal(energies(model, fidelity, offset), expected), fidelity
-    assert (
-        f"loaded weights of fidelities 0, 1, 2 into a model of fidelit{'y' if num_fidelities == 1 else 'ies'} 0" in log
-    )
-    assert ("fidelity 3 starts from fidelity 0 of the checkpoint" in log) == (num_fidelities == 5)
-    left_out = {1: "ignored fidelities 1, 2 of", 2: "ignored fidelity 2 of"}
-    for n, text in left_out.items():
-        assert (text in log) == (n == num_fidelities)
-    assert "ignored 16 copies of readouts" in log
+    into = "outputs.energy_mlp" if num_fidelities == 1 else "fidelity_readouts.{}.energy_mlp"
+    for f in range(num_fidelities):
+        origin = f"fidelity_readouts.{f if f < 3 else 0}.energy_mlp"
+        assert TransferRow(into.format(f), origin, 1417, "loaded") in rows
+    ignored = {row.origin: row.event for row in rows if row.into == "-"}
+    for f in range(num_fidelities, 3):
+        assert ignored.pop(f"afv, rows of fid{f}") == "ignored: nothing starts from it"
+        assert ignored.pop(f"fidelity_readouts.{f}.energy_mlp") == "ignored: nothing starts from it"
+        ignored.pop(f"fidelity_readouts.{f}.atomic_shift")
+    assert ignored == {"outputs, shared_readout": "ignored: copies that a mixed model does not use"}
+    # Nothing of the checkpoint is left unmentioned, except rows between the blocks and those of other heads.
+    of_checkpoint = {row.origin.partition(",")[0] for row in rows}
+    assert of_checkpoint >= {"aev", "afv", "conv_a", "conv_q", "mlps", "shared_readouts.lrcoulomb"}
 
 
 @pytest.mark.parametrize("num_fidelities", [1, 2, 4])
@@ -99,11 +104,11 @@ def test_every_fidelity_starts_from_a_single_fidelity_checkpoint(
     config, single, single_energies, num_fidelities, heads
 ):
     model = build(config, num_fidelities, heads=heads)
-    log = transfer_weights(model, single)
+    rows = transfer_weights(model, single, names={f: f"level{f}" for f in range(num_fidelities)})
     for fidelity in range(num_fidelities):
         assert torch.equal(energies(model, fidelity, 200), single_energies)
-    if num_fidelities == 4:
-        assert "the table of element types grows from 128 to 729 rows" in log
+        n_rows = 127
+        assert TransferRow(f"afv, rows of level{fidelity}", "afv, rows of fid0", n_rows * 96, "loaded") in rows
 
 
 @pytest.mark.parametrize("rows", [129, 64])
@@ -114,12 +119,18 @@ def test_tables_of_other_lengths(config, single, single_energies, rows):
         weights[key] = padded[:rows]
     model = build(config, 2)
     initial = model.afv.weight.detach().clone()
-    log = " | ".join(transfer_weights(model, {"model": weights}))
+    table = transfer_weights(model, {"model": weights})
     for fidelity in (0, 1):
         assert torch.equal(energies(model, fidelity, 200), single_energies)
     xenon = model.afv.weight[[79, 279]]
     assert torch.equal(xenon, initial[[79, 279]] if rows == 64 else weights["afv.weight"][[79, 79]])
-    assert ("has embeddings of H (1) to Eu (63) only; the other elements keep the initial ones" in log) == (rows == 64)
+    unknown = [row for row in table if row.event.startswith("initial values")]
+    if rows == 129:
+        assert not unknown
+    else:
+        event = "initial values: the checkpoint does not know Gd (64) to Og (118)"
+        assert TransferRow("afv, rows of fid1", "-", 55 * 96, event) in unknown
+        assert TransferRow("fidelity_readouts.0.atomic_shift, rows of fid0", "-", 55, event) in unknown
 
 
 def test_common_readouts_become_one_per_fidelity(config, mixed):
@@ -130,19 +141,21 @@ def test_common_readouts_become_one_per_fidelity(config, mixed):
         common.outputs["atomic_shift"].shifts.weight += torch.randn_like(common.outputs["atomic_shift"].shifts.weight)
     checkpoint = {"model": common.state_dict(), "num_fidelities": 3, "fidelity_offset": 200}
     split = build(config, 4)
-    log = transfer_weights(split, checkpoint)
-    assert "the readouts of each fidelity start from the common ones of the checkpoint" in log
+    rows = transfer_weights(split, checkpoint, {3: 0})
+    assert TransferRow("fidelity_readouts.2.energy_mlp", "outputs.energy_mlp", 1417, "loaded") in rows
     for fidelity in range(4):
         expected = energies(common, fidelity if fidelity < 3 else 0, 200)
         torch.testing.assert_close(energies(split, fidelity, 200), expected, rtol=1e-6, atol=1e-6)
 
     again = build(config, 3, heads=False, seed=5)
-    log = transfer_weights(again, {"model": split.state_dict()})
+    rows = transfer_weights(again, {"model": split.state_dict()})
     for fidelity in range(3):
         expected = energies(common, fidelity, 200)
         torch.testing.assert_close(energies(again, fidelity, 200), expected, rtol=1e-6, atol=1e-6)
-    assert "the common readouts start from those of fidelity 0" in log
-    assert any("not in the model, ignored: fidelity_readouts.1.energy_mlp" in sentence for sentence in log)
+    assert TransferRow("outputs.energy_mlp", "fidelity_readouts.0.energy_mlp", 1417, "loaded") in rows
+    assert TransferRow("-", "fidelity_readouts.1.energy_mlp", 1417, "ignored: not in the model") in rows
+    origin = "fidelity_readouts.2.atomic_shift, rows of fid2"
+    assert TransferRow("outputs.atomic_shift, rows of fid2", origin, 128, "loaded") in rows
 
 
 def test_common_table_takes_the_rows_of_each_fidelitys_own_table(config, mixed):
@@ -154,20 +167,19 @@ def test_common_table_takes_the_rows_of_each_fidelitys_own_table(config, mixed):
         assert torch.equal(shifts[f * 200 + 1 : f * 200 + 119], own[f * 200 + 1 : f * 200 + 119])
 
 
-def test_init_from_says_where_a_new_fidelity_starts(config, mixed, mixed_energies):
+def test_sources_say_where_a_new_fidelity_starts(config, mixed, mixed_energies):
     model = build(config, 4)
-    log = transfer_weights(model, mixed, init_from={3: 2, 1: 0})
+    rows = transfer_weights(model, mixed, {3: 2, 1: 0})
     for fidelity, source in {0: 0, 1: 0, 2: 2, 3: 2}.items():
         assert torch.equal(energies(model, fidelity, 200), mixed_energies[source])
-    assert "fidelity 3 starts from fidelity 2 of the checkpoint" in log
-    assert "fidelity 1 starts from fidelity 0 of the checkpoint" in log
-    assert "ignored fidelity 1 of the checkpoint" in log
+    assert TransferRow("afv, rows of fid3", "afv, rows of fid2", 128 * 96, "loaded") in rows
+    assert TransferRow("-", "afv, rows of fid1", 128 * 96, "ignored: nothing starts from it") in rows
 
 
 def test_new_fidelity_then_learns_by_itself(config, mixed, mixed_energies):
     """Rows and readouts of a new fidelity are copies: changing them leaves fidelity 0 alone."""
     model = build(config, 4)
-    transfer_weights(model, mixed)
+    transfer_weights(model, mixed, {3: 0})
     with torch.no_grad():
         model.afv.weight[601:].zero_()
         for p in model.fidelity_readouts[3].parameters():
@@ -189,7 +201,7 @@ def test_own_checkpoint_keeps_its_description(config, mixed, tmp_path, mixed_ene
         species={0: [1, 6], 1: [1]},
     )
     bigger = build(config, 3, offset=200, heads=False)
-    transfer_weights(bigger, load_checkpoint(tmp_path / "model.pt"))
+    transfer_weights(bigger, load_checkpoint(tmp_path / "model.pt"), {2: 1})
     for fidelity in (0, 1):
         assert torch.equal(energies(bigger, fidelity, 200), energies(model, fidelity, 150))
 
@@ -202,17 +214,21 @@ def test_unknown_elements_marked_by_nan_keep_the_initial_rows(config, single, si
     weights["outputs.atomic_shift.shifts.weight"] = weights["outputs.atomic_shift.shifts.weight"].double()
     model = build(config, 2)
     initial = copy.deepcopy(model.state_dict())
-    log = transfer_weights(model, {"model": weights})
+    rows = transfer_weights(model, {"model": weights})
     assert torch.equal(energies(model, 1, 200), single_energies)
     after = model.state_dict()
     assert all(torch.isfinite(value).all() for value in after.values())
     shifts = "fidelity_readouts.1.atomic_shift.shifts.weight"
     assert torch.equal(after["afv.weight"][207], initial["afv.weight"][207])  # nitrogen of fidelity 1
     assert torch.equal(after[shifts][207], initial[shifts][207])
-    assert any(
-        s.startswith("fidelity 1: the checkpoint has embeddings of H (1), C (6), O (8), Cl (17) only;") for s in log
-    )
-    assert any(s.startswith("converted to the precision of the model: fidelity_readouts.0.atomic_shift") for s in log)
+    event = "loaded, float64 to float32"
+    assert TransferRow(f"{shifts.rpartition('.shifts')[0]}, rows of fid1", SHIFTS, 4, event) in rows
+    elements = "He (2) to B (5), N (7), F (9) to S (16), Ar (18) to Og (118)"
+    event = f"initial values: the checkpoint does not know {elements}"
+    assert TransferRow("afv, rows of fid0", "-", 114 * 96, event) in rows
+
+
+SHIFTS = "outputs.atomic_shift, rows of fid0"
 
 
 # --- what does not fit --------------------------------------------------------------------------
@@ -260,9 +276,9 @@ def test_readouts_that_one_of_the_two_lacks_are_named(config, single):
     outputs["extra_mlp"]["kwargs"]["key_out"] = "extra"
     model = build(with_charge_readout, 1)
     initial = model.outputs["extra_mlp"].mlp[0].weight.detach().clone()
-    log = transfer_weights(model, {"model": weights})
-    assert "not in the checkpoint, initialised anew: outputs.extra_mlp" in log
-    assert "not in the model, ignored: outputs.volume_mlp" in log
+    rows = transfer_weights(model, {"model": weights})
+    assert TransferRow("outputs.extra_mlp", "-", 1417, "initial values: not in the checkpoint") in rows
+    assert TransferRow("-", "outputs.volume_mlp", 9, "ignored: not in the model") in rows
     assert torch.equal(model.outputs["extra_mlp"].mlp[0].weight, initial)
 
 
@@ -270,16 +286,19 @@ def test_other_cutoff_of_a_readout_is_kept_and_said(config, single):
     other = copy.deepcopy(config)
     other["kwargs"]["outputs"]["lrcoulomb"]["kwargs"]["rc"] = 5.5
     model = build(other, 1)
-    log = transfer_weights(model, single)
-    assert "differs from the checkpoint, the model's value is kept: outputs.lrcoulomb.rc (5.5 instead of 4.6)" in log
+    rows = transfer_weights(model, single)
+    event = "differs: rc stays 5.5 (4.6 in the checkpoint)"
+    assert TransferRow("outputs.lrcoulomb", "outputs.lrcoulomb", 1, event) in rows
     assert model.state_dict()["outputs.lrcoulomb.rc"].item() == pytest.approx(5.5)
 
 
-def test_nothing_is_said_about_a_checkpoint_that_fits(config, single):
+def test_a_checkpoint_that_fits_is_loaded_as_it_is(config, single):
     model = build(config, 1)
-    log = transfer_weights(model, single)
-    assert log[0] == "loaded weights of fidelity 0 into a model of fidelity 0"
-    assert all("embeddings of" in sentence for sentence in log[1:])
+    rows = transfer_weights(model, single)
+    assert {row.event for row in rows} == {"loaded", "the same in the model file"}
+    assert all(row.into == row.origin for row in rows)
+    padding = 96 + 1  # row 0 of the two tables
+    assert sum(row.weights for row in rows) == sum(value.numel() for value in single["model"].values()) - padding
     for key, value in model.state_dict().items():
         assert torch.equal(value, single["model"][key]), key
 
@@ -292,12 +311,21 @@ def test_rows_that_fit_no_number_of_fidelities(config, single, description):
 
 
 @pytest.mark.parametrize(
-    ("init_from", "message"),
-    [({3: 0}, "the model has no fidelity 3"), ({1: 4}, "init_from.1: the checkpoint has no fidelity 4")],
+    ("sources", "message"),
+    [
+        ({3: 0}, "the model has no fidelity 3"),
+        ({1: 4}, r"the checkpoint has no fidelity 4 \(fidelities 0 to 2\)"),
+        ({-1: 0}, "the model has no fidelity -1"),
+    ],
 )
-def test_init_from_that_does_not_exist(init_from, message):
+def test_sources_that_do_not_exist(config, mixed, sources, message):
     with pytest.raises(ValueError, match=message):
-        fidelity_sources(3, 2, init_from)
+        transfer_weights(build(config, 3), mixed, sources)
+
+
+def test_new_fidelity_without_a_source_is_refused(config, mixed):
+    with pytest.raises(ValueError, match=r"fidelity 3 is new: say from which one .* \(0 to 2\)"):
+        transfer_weights(build(config, 4), mixed)
 
 
 # --- elements -----------------------------------------------------------------------------------
