@@ -18,7 +18,8 @@ all). ``y_pred`` holds the predictions together with the inputs ``coord`` and ``
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -416,10 +417,8 @@ class MTLoss(nn.Module):
         """Return L_k of each component, unweighted scalars with graph."""
         values = {}
         for name, function in self.functions.items():
-            try:
+            with _named(name):
                 values[name] = function(y_pred=y_pred, y_true=y_true, **self._molecule_weights(name, y_pred))
-            except ValueError as error:
-                raise ValueError(f"loss.components.{name}: {error}") from error
         return values
 
     def _molecule_weights(self, name: str, y_pred: Batch) -> dict[str, Tensor]:
@@ -437,12 +436,13 @@ class MTLoss(nn.Module):
     def counts(self, y_true: Batch) -> Tensor:
         """Count the molecules with a label for each component, (K,) float64 on the device of the labels."""
         counts = []
-        for key in self.key_true.values():
+        for name, key in self.key_true.items():
             if key is None:  # a function that does not say which label it uses averages over all molecules
-                key = next(name for name in y_true if not name.endswith("_mask"))
+                key = next(label for label in y_true if not label.endswith("_mask"))
                 counts.append(torch.tensor(y_true[key].shape[0], device=y_true[key].device))
             else:
-                counts.append(label_mask(y_true, key).sum())
+                with _named(name):
+                    counts.append(label_mask(y_true, key).sum())
         return torch.stack(counts).to(torch.float64)
 
     def total(self, values: Tensor) -> Tensor:
@@ -570,6 +570,15 @@ class MTAdaWLoss(MTLoss):
         first = self.initial_scales.to(values.device)
         scales = torch.where(present, self.scales * step, self.scales)
         self.scales = scales.clamp(first / self.max_change, first * self.max_change)
+
+
+@contextmanager
+def _named(component: str) -> Iterator[None]:
+    """Begin the message of an error in a component with its dotted name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"loss.components.{component}: {error}") from error
 
 
 def _keyword(function: partial[Tensor], name: str) -> str | None:

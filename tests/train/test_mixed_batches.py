@@ -2,7 +2,7 @@
 
 The reference is made from single molecules without padding: for molecule m and label k the loss l_mk and its gradient
 g_mk, by plain autograd. A batch with masks then has to give Σ_k w_k Σ_m mask_mk l_mk / Σ_m mask_mk, and its gradient
-the same sum over g_mk.
+the same sum over g_mk; and so have several batches of one step, on one process or on several.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_model_config
 from aimnet2mult.modules import Forces
 from aimnet2mult.train import engine
-from aimnet2mult.train.engine import force_parts, make_evaluator, make_trainer, predict
+from aimnet2mult.train.engine import force_parts, make_evaluator, make_step, predict
 from aimnet2mult.train.loss import MTAdaWLoss, MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 
@@ -150,24 +150,30 @@ def alone(network, samples):
     return losses, torch.stack(gradients).view(len(samples), len(LABELS), -1)
 
 
-def expected(alone, masks: np.ndarray, order=None, weights=WEIGHTS) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of molecules in a given order with ``masks`` (B, 4), from what they give alone."""
+def expected(alone, masks: np.ndarray, order=None, weights=WEIGHTS, factors=None) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of molecules in a given order with ``masks`` (B, 4), from what they give alone.
+
+    ``factors`` (B, 4) are those of the molecules' fidelities, by default one.
+    """
     losses, gradients = alone
     order = list(range(len(losses))) if order is None else list(order)
     total = sum(weights.values())
     shares = torch.tensor([weights.get(k, 0.0) / total for k in LABELS], dtype=torch.float64)
-    factors = torch.tensor(masks, dtype=torch.float64)
-    factors = factors / factors.sum(0).clamp(min=1) * shares
-    return (factors * losses[order]).sum().item(), torch.einsum("mk,mkw->w", factors, gradients[order])
+    parts = torch.tensor(masks, dtype=torch.float64)
+    parts = parts / parts.sum(0).clamp(min=1) * shares
+    parts = parts if factors is None else parts * torch.tensor(factors)
+    return (parts * losses[order]).sum().item(), torch.einsum("mk,mkw->w", parts, gradients[order])
 
 
 def step(network, batch, loss_fn=None, min_atoms: int = SPLIT) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of a training step."""
+    """Loss and gradient of a training step over a batch, or over a list of them."""
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
     with mock.patch.dict(engine.MIN_ATOMS_APART, cpu=min_atoms):
-        trainer = make_trainer(network, optimizer, loss_fn or MTLoss(COMPONENTS), "cpu")
-        output = trainer.run([batch]).output
-    return output["loss"].item(), flat_gradient(network)
+        take_step = make_step(network, optimizer, loss_fn or MTLoss(COMPONENTS), "cpu")
+        result = take_step(batch if isinstance(batch, list) else [batch])
+    assert result.applied
+    assert result.grad_norm.item() == pytest.approx(flat_gradient(network).norm().item(), rel=1e-12)
+    return result.losses["loss"].item(), flat_gradient(network)
 
 
 def assert_same(found, wanted) -> None:
@@ -251,6 +257,105 @@ def test_adaptive_loss(network, samples, alone):
     loss_fn = MTAdaWLoss(COMPONENTS, eta=0.1)
     step(network, make_batch(samples, masks_of((False,) * N_MOLECULES)), loss_fn)
     assert loss_fn.scales[LABELS.index("forces")] == loss_fn.initial_scales[LABELS.index("forces")]
+
+
+FACTORS = {"energy": {0: 3.0, 2: 0.5}, "forces": {1: 0.0}, "spin_charges": {0: 0.25, 1: 4.0, 2: 1.5}}
+"""Factors of fidelities; those that are left out are one."""
+WEIGHTED = {key: {**options, "fidelity_weights": FACTORS.get(key)} for key, options in COMPONENTS.items()}
+FIDELITIES = [f for f, sizes in SIZES.items() for _ in sizes]
+
+
+def factors_of(order=range(N_MOLECULES)) -> np.ndarray:
+    """Factors of molecules, (B, 4)."""
+    return np.array([[FACTORS.get(key, {}).get(FIDELITIES[m], 1.0) for key in LABELS] for m in order])
+
+
+@pytest.mark.parametrize("min_atoms", [SPLIT, WHOLE])
+@pytest.mark.parametrize("forces", [(True, False, False, True, True), (False,) * N_MOLECULES])
+def test_factors_of_fidelities(network, samples, alone, forces, min_atoms):
+    masks = masks_of(forces)
+    found = step(network, make_batch(samples, masks), MTLoss(WEIGHTED), min_atoms)
+    assert_same(found, expected(alone, masks, factors=factors_of()))
+
+
+# --------------------------------------------------------------------------------------------------
+# several batches of one step
+# --------------------------------------------------------------------------------------------------
+
+
+def divided(samples: list[dict], masks: np.ndarray, ends) -> list[tuple[dict, dict]]:
+    """Batches of the molecules up to each of ``ends``; padding differs between them."""
+    starts = [0, *ends[:-1]]
+    return [make_batch(samples[a:b], masks[a:b], padding=a) for a, b in zip(starts, ends, strict=True)]
+
+
+def test_one_batch_of_eight_is_two_of_four_is_four_of_two(network, samples, alone):
+    order = [3, 0, 2, 4, 1, 0, 2, 3]  # fidelities 1 0 1 2 | 0 0 1 1
+    masks = np.random.default_rng(1).random((8, len(LABELS))) < 0.5
+    masks[2:4, LABELS.index("forces")] = False  # a batch without any
+    masks[:, LABELS.index("charges")] = np.arange(8) == 6  # a label of one molecule
+    masks[:, LABELS.index("spin_charges")] = False  # a label of none
+    ordered = [samples[m] for m in order]
+    loss_fn = MTLoss(WEIGHTED)
+    whole = step(network, divided(ordered, masks, [8]), loss_fn)
+    assert_same(whole, expected(alone, masks, order, factors=factors_of(order)))
+    for ends in ([4, 8], [2, 4, 6, 8], [1, 8], range(1, 9)):
+        found = step(network, divided(ordered, masks, list(ends)), loss_fn)
+        assert found[0] == pytest.approx(whole[0], rel=1e-13)
+        assert (found[1] - whole[1]).norm() <= 1e-12 * whole[1].norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=N_MOLECULES, max_size=N_MOLECULES),
+    st.permutations(range(N_MOLECULES)),
+    st.sets(st.integers(1, N_MOLECULES - 1)),
+    st.sampled_from([SPLIT, 12, WHOLE]),
+)
+def test_any_division_into_batches(network, samples, alone, masks, order, cuts, min_atoms):
+    masks = np.array(masks)[order]
+    batches = divided([samples[m] for m in order], masks, [*sorted(cuts), N_MOLECULES])
+    assert_same(step(network, batches, min_atoms=min_atoms), expected(alone, masks, order))
+
+
+def test_reported_components_are_means_over_all_batches(network, samples, alone):
+    masks = masks_of((True, False, False, True, False))
+    masks[:, LABELS.index("charges")] = False
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
+    result = make_step(network, optimizer, MTLoss(COMPONENTS), "cpu")(divided(samples, masks, [1, 3, 5]))
+    wanted = (alone[0].numpy() * masks).sum(0) / masks.sum(0).clip(min=1)
+    assert list(result.losses) == ["loss", *LABELS]
+    assert [result.losses[key].item() for key in LABELS] == pytest.approx(wanted.tolist(), rel=TOLERANCE, abs=0)
+    assert result.losses["charges"].item() == 0.0
+    for value in (*result.losses.values(), result.grad_norm):
+        assert value.dtype == torch.float64
+        assert not value.requires_grad
+
+
+def test_adaptive_loss_adapts_once_per_step(network, samples):
+    masks = masks_of((False, True, False, False, True))
+    scales = []
+    for ends in ([5], [2, 5], [1, 2, 3, 4, 5]):
+        loss_fn = MTAdaWLoss(COMPONENTS, eta=0.1)
+        for _ in range(3):
+            step(network, divided(samples, masks, ends), loss_fn)
+        scales.append(loss_fn.scales)
+        assert not torch.equal(loss_fn.scales, loss_fn.initial_scales)
+    for other in scales[1:]:
+        torch.testing.assert_close(other, scales[0], rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# validation
+# --------------------------------------------------------------------------------------------------
+
+
+def test_validation_loss_has_the_factors_of_fidelities(network, samples, alone):
+    masks = masks_of((True, False, False, True, True))
+    evaluator = make_evaluator(network, MTLoss(WEIGHTED), {}, "cpu")
+    with mock.patch.dict(engine.MIN_ATOMS_APART, cpu=SPLIT):
+        found = evaluator.run(divided(samples, masks, [2, 3, 5])).metrics["loss"]
+    assert found == pytest.approx(expected(alone, masks, factors=factors_of())[0], rel=TOLERANCE)
 
 
 def test_errors_of_validation_are_those_of_single_molecules(network, samples):
@@ -402,6 +507,10 @@ PATTERNS = (
 )
 
 
+CUTS = (((3,), (2,)), ((1, 3), (1, 2)), ((2, 3), (1, 2)))
+"""Where each of the two processes divides its molecules into batches."""
+
+
 def two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     samples, network = make_samples(), make_network()
@@ -409,14 +518,23 @@ def two_processes(rank: int, folder: str) -> None:
     model = DistributedDataParallel(network, find_unused_parameters=True)
     found = []
     for forces in PATTERNS:
-        masks = masks_of(forces)[mine]
-        found.append(step(model, make_batch([samples[m] for m in mine], masks)))
+        for cuts in CUTS:
+            loss_fn = MTAdaWLoss(WEIGHTED, eta=0.1)
+            masks = masks_of(forces)[mine]
+            values = step(model, divided([samples[m] for m in mine], masks, cuts[rank]), loss_fn)
+            found.append((*values, loss_fn.scales))
     torch.save(found, f"{folder}/{rank}.pt")
 
 
-def test_two_processes_take_the_step_of_one(alone, tmp_path):
+def test_two_processes_take_the_step_of_one(network, samples, alone, tmp_path):
     idist.spawn("gloo", two_processes, args=(str(tmp_path),), nproc_per_node=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for forces, one, other in zip(PATTERNS, first, second, strict=True):
+    for (forces, _), one, other in zip(itertools.product(PATTERNS, CUTS), first, second, strict=True):
+        masks = masks_of(forces)
+        alone_loss = MTAdaWLoss(WEIGHTED, eta=0.1)
+        step(network, make_batch(samples, masks), alone_loss)
+        assert one[0] == other[0]
         assert torch.equal(one[1], other[1])
-        assert_same(((one[0] + other[0]) / 2, one[1]), expected(alone, masks_of(forces)))
+        assert torch.equal(one[2], other[2])
+        assert_same(one, expected(alone, masks, factors=factors_of()))
+        torch.testing.assert_close(one[2], alone_loss.scales, rtol=1e-12, atol=0)
