@@ -131,7 +131,8 @@ class Monitor:
         known = list(metrics)
         for name in self.weights:
             if name not in known:
-                raise ConfigError(f"{self.where}: {name} is not a validation metric; {nearest(name, known)}")
+                there = nearest(name, known) if known else "there are none"
+                raise ConfigError(f"{self.where}: {name} is not a validation metric; {there}")
 
 
 class EarlyStopping:

@@ -115,7 +115,7 @@ class Schedule:
         Its groups' rates are set from here on. Build the schedule before the optimiser's state is restored: the rates
         that the groups have now are those that are scaled.
     length : RunLength, optional
-        What the word ``total`` stands for. It can be left out where settings are only checked.
+        What the word ``total`` stands for. Only where settings are checked, without an optimiser, it may be missing.
 
     Attributes
     ----------
@@ -146,7 +146,8 @@ class Schedule:
         self.group_initial = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
         self.terminate_below = config.terminate_on_low_lr or 0.0
         self.warmup = _checked_warmup(config.warmup)
-        self.unit = config.unit or scheduler_unit(resolve(config.class_))
+        own_unit = scheduler_unit(resolve(config.class_))
+        self.unit = config.unit or own_unit
         if self.unit not in UNITS:
             raise ConfigError(f"scheduler.unit: {self.unit!r} is not a unit; {nearest(self.unit, UNITS)}")
         self.counts = dict.fromkeys(UNITS, 0)
@@ -154,9 +155,12 @@ class Schedule:
         total = asdict(length or UNKNOWN_LENGTH)[self.unit]
         kwargs = _with_total(dict(config.kwargs), total)
         self.rests_after = total if kwargs != config.kwargs else None
+        if self.rests_after is not None and optimizer is not None and length is None:
+            raise ValueError(f"scheduler.kwargs: the word {TOTAL} needs the length of the run")
         base = {key: value for key, value in self.initial.items() if key in optimizer_config.kwargs}
         self.arguments = json.dumps([config.class_, kwargs, self.unit, base], default=str)
-        followed = kwargs.pop("metric_name", "loss")
+        plateau = own_unit == "validation"
+        self.monitor = Monitor(kwargs.pop("metric_name", "loss"), "scheduler.kwargs.metric_name") if plateau else None
         self.name = config.class_
         try:
             self.scheduler = _make_scheduler(config.class_, kwargs, self.reference)
@@ -164,8 +168,6 @@ class Schedule:
             raise
         except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise ConfigError(f"scheduler: {config.class_}: {error}") from error
-        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        self.monitor = Monitor(followed, "scheduler.kwargs.metric_name") if plateau else None
         if length is not None:
             self._check_end(total)
         self.parts = scheduler_state.parts(self.scheduler, config.class_)
@@ -250,8 +252,7 @@ class Schedule:
     def _advance(self, metrics: Mapping[str, float] | None) -> None:
         self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
         try:
-            if isinstance(self.scheduler, ReduceLROnPlateau):
-                assert self.monitor is not None
+            if self.monitor is not None:
                 self.scheduler.step(self.monitor.value(metrics or {}))
             elif isinstance(self.scheduler, ParamScheduler):
                 self.scheduler(None)
@@ -274,7 +275,7 @@ class Schedule:
             self.changed.add("lr")
         for key in self.changed:
             for group, own in zip(self.optimizer.param_groups, self.group_initial, strict=True):
-                scales = isinstance(now[key], float) and self.initial[key] != 0
+                scales = isinstance(now[key], int | float) and self.initial[key] != 0
                 group[key] = own[key] * (now[key] / self.initial[key]) if scales else now[key]
                 if key == "lr":
                     group[key] *= self._warmup_factor
