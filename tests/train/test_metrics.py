@@ -13,7 +13,7 @@ from ignite.engine import Engine
 
 from aimnet2mult.train.engine import label_shares
 from aimnet2mult.train.loss import MTLoss
-from aimnet2mult.train.metrics import LossMetric, RegMultiMetric
+from aimnet2mult.train.metrics import LossMetric, RegMultiMetric, metrics_table
 
 CFG = {
     "energy": {"abbr": "E", "scale": 23.06},
@@ -68,6 +68,28 @@ def batch(rows: list[dict], seed: int = 0) -> tuple[dict, dict]:
     return y_pred, y_true
 
 
+def flat(rows: list[dict], seed: int = 0) -> tuple[dict, dict]:
+    """All molecules in a row; garbage in labels that are not there."""
+    rng = np.random.default_rng(seed)
+    sizes = [row["n"] for row in rows]
+    y_pred = {
+        "numbers": torch.tensor(np.repeat([6 + 200 * row["fidelity"] for row in rows], sizes)),
+        "mol_idx": torch.tensor(np.repeat(np.arange(len(rows)), sizes)),
+        "coord": torch.zeros(sum(sizes), 3),
+        "charge": torch.zeros(len(rows)),
+        "_fidelities": torch.tensor([row["fidelity"] for row in rows]),
+    }
+    y_true = {}
+    for key, shape in SHAPES.items():
+        join = np.concatenate if -1 in shape else np.stack
+        true = [rng.normal(size=row["error"][key].shape) for row in rows]
+        y_pred[key] = torch.tensor(join([t + row["error"][key] for t, row in zip(true, rows, strict=True)]))
+        known = [t if row["label"][key] else np.full_like(t, np.nan) for t, row in zip(true, rows, strict=True)]
+        y_true[key] = torch.tensor(join(known))
+        y_true[f"{key}_mask"] = torch.tensor([row["label"][key] for row in rows])
+    return y_pred, y_true
+
+
 def by_numpy(rows: list[dict]) -> dict[str, float]:
     result = {}
     for prefix, fidelities in [("", {0, 1, 2}), ("fid0/", {0}), ("fid1/", {1}), ("fid2/", {2})]:
@@ -90,13 +112,49 @@ def evaluated(metric, batches: list) -> dict[str, float]:
     return engine.run(batches).metrics
 
 
+@pytest.mark.parametrize("layout", [batch, flat])
+@pytest.mark.parametrize("num_fidelities", [None, 3, 5])
 @given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
-def test_metrics_equal_numpy_whatever_the_batches(seed, sizes):
+@settings(max_examples=15, deadline=None)
+def test_metrics_equal_numpy_whatever_the_batches(layout, num_fidelities, seed, sizes):
     rows = molecules(sum(sizes), seed)
     ends = np.cumsum(sizes)
-    batches = [batch(rows[end - size : end], i) for i, (end, size) in enumerate(zip(ends, sizes, strict=True))]
-    assert evaluated(RegMultiMetric(CFG), batches) == pytest.approx(by_numpy(rows), rel=1e-10)
+    batches = [layout(rows[end - size : end], i) for i, (end, size) in enumerate(zip(ends, sizes, strict=True))]
+    metric = RegMultiMetric(CFG, num_fidelities=num_fidelities)
+    assert evaluated(metric, batches) == pytest.approx(by_numpy(rows), rel=1e-10)
+
+
+def test_nothing_waits_for_the_device_while_batches_are_added(monkeypatch):
+    """Whatever reads a tensor's value in Python would wait for a GPU."""
+    rows = molecules(12, 5)
+    batches = [batch(rows[:4]), batch(rows[4:])]
+    metrics = [RegMultiMetric(CFG, num_fidelities=3), LossMetric(MTLoss(LOSS))]
+    lacking = {key: value for key, value in batches[1][0].items() if key != "charges"}
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a value is read")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for metric in metrics:
+            for output in [*batches, (lacking, batches[1][1])]:
+                metric.update(output)
+    assert metrics[0].compute()["E_mae"] == pytest.approx(by_numpy(rows + rows[4:])["E_mae"])
+    assert "loss" in metrics[1].compute()
+
+
+def test_one_molecule_that_is_not_finite_spoils_its_own_fidelity_only():
+    rows = molecules(20, 3)
+    for row in rows:
+        row["label"]["energy"] = True
+    next(row for row in rows if row["fidelity"] == 1)["error"]["energy"][()] = np.inf
+    result = evaluated(RegMultiMetric(CFG), [batch(rows)])
+    assert math.isinf(result["fid1/E_mae"])
+    assert math.isinf(result["E_mae"])
+    expected = by_numpy(rows)
+    assert result["fid0/E_mae"] == pytest.approx(expected["fid0/E_mae"])
+    assert result["fid2/E_rmse"] == pytest.approx(expected["fid2/E_rmse"])
 
 
 def test_second_run_forgets_the_first():
@@ -182,6 +240,47 @@ def test_wrong_number_of_components_is_refused():
         metric.update(batch(molecules(2, 0)))
 
 
+# --- units and table ----------------------------------------------------------------------------
+
+
+def test_units_are_stated_for_every_number():
+    cfg = {
+        "energy": {"abbr": "E", "scale": 23.060548},
+        "forces": {"abbr": "F", "scale": 1000},
+        "charges": {"abbr": "q"},
+        "dipole": {"abbr": "D", "scale": 4.8},
+        "stress": {"scale": 96.485},
+        "volumes": {},
+    }
+    metric = RegMultiMetric(cfg)
+    stated = {
+        "E": "kcal/mol",
+        "E_per_atom": "kcal/mol/atom",
+        "F": "meV/Å",
+        "q": "e",
+        "D": "4.8 e·Å",
+        "stress": "kJ/mol/Å³",
+        "volumes": "units of the data",
+    }
+    assert metric.units == {f"{name}_{kind}": unit for name, unit in stated.items() for kind in ("mae", "rmse")}
+    reported = evaluated(RegMultiMetric(CFG), [batch(molecules(30, 2))])
+    assert {name.rpartition("/")[2] for name in reported} == set(RegMultiMetric(CFG).units)
+
+
+def test_table_has_a_row_for_each_fidelity_and_says_units():
+    metrics = {"loss": 9.0, "energy_loss": 9.0, "E_mae": 1.23456, "F_rmse": 2.0, "ccsd_tq_5/E_mae": 3.0}
+    table = metrics_table(metrics, {"E_mae": "kcal/mol", "F_rmse": "kcal/mol/Å", "q_mae": "e"})
+    assert [line.split() for line in table.splitlines()] == [
+        ["E_mae", "F_rmse"],
+        ["kcal/mol", "kcal/mol/Å"],
+        ["all", "1.235", "2"],
+        ["ccsd_tq_5", "3", "-"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert "kcal" not in metrics_table(metrics)
+    assert metrics_table({"loss": 1.0}).split() == []
+
+
 # --- loss ---------------------------------------------------------------------------------------
 
 
@@ -226,6 +325,11 @@ def two_processes(rank: int, directory: str) -> None:
     RegMultiMetric(CFG).attach(engine, "all")
     LossMetric(loss_fn).attach(engine, "loss")
     metrics = engine.run([batch(half) for half in halves]).metrics
+    for num_fidelities in (None, 3):
+        metric = RegMultiMetric(CFG, {2: "ccsd"}, num_fidelities)
+        if rank == 1:  # the other process has no batch at all
+            metric.update(flat(mine))
+        metrics[f"alone {num_fidelities}"] = metric.compute()
     # In training, the average over processes is the loss of the global batch, for the value and its gradient.
     y_pred, y_true = batch(mine)
     y_pred["energy"].requires_grad_()
@@ -243,8 +347,13 @@ def test_two_processes_report_what_one_would(tmp_path):
     whole = MTLoss(LOSS)(y_pred, y_true)
     whole["loss"].backward()
     expected = by_numpy(ordered) | {"loss": whole["loss"].item()}
+    of_one = {name.replace("fid2", "ccsd"): value for name, value in by_numpy(share(1)).items()}
     for metrics, _, _ in results:
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-10)
+        assert metrics["alone None"] == pytest.approx(of_one, rel=1e-10)
+        assert metrics["alone 3"] == pytest.approx(of_one, rel=1e-10)
+        assert {name for name in metrics if name.startswith("fid2/")}, "a fidelity that only one process has met"
+    assert results[0][0] == results[1][0], "every process decides by the same numbers"
     assert (results[0][1] + results[1][1]).item() == pytest.approx(whole["loss"].item(), rel=1e-10)
     gradient = torch.cat([results[0][2], results[1][2]])
     torch.testing.assert_close(gradient, y_pred["energy"].grad, rtol=1e-10, atol=1e-12)
