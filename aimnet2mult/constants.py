@@ -1,4 +1,6 @@
-"""Element data. Numbers in formulas live here or in `aimnet2mult.utils.units`, under a name."""
+"""Element data and fidelities. Numbers in formulas live here or in `aimnet2mult.utils.units`, under a name."""
+
+import re
 
 # fmt: off
 ELEMENT_SYMBOLS: tuple[str, ...] = (
@@ -24,6 +26,9 @@ FIDELITY_OFFSET = 200
 
 TYPES_PER_FIDELITY = 129
 """Rows that the last fidelity takes in an embedding table (row 0 is padding)."""
+
+FIDELITY_NAME = re.compile(r"[^\W\d][\w+-]*")
+"""What a fidelity may be called: part of the names of metrics and of settings on the command line."""
 
 
 def element_names(numbers: list[int]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from aimnet2mult.config.builder import ConfigError, nearest, resolve
-from aimnet2mult.constants import TYPES_PER_FIDELITY
+from aimnet2mult.constants import FIDELITY_NAME, TYPES_PER_FIDELITY
 from aimnet2mult.data.base import INPUT_KEYS
 from aimnet2mult.data.ledger import CACHES, parse_dispersion, subtraction
 from aimnet2mult.data.mixed import LABEL_KEYS
@@ -23,7 +23,6 @@ from aimnet2mult.data.sgdataset import expand_files
 from aimnet2mult.train.optimizer import reference_optimizer
 from aimnet2mult.train.schedule import Schedule, scheduler_unit
 from aimnet2mult.train.schema import (
-    FIDELITY_NAME,
     FidelityConfig,
     LoaderConfig,
     LossConfig,

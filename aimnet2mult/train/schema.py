@@ -7,16 +7,12 @@ packaged ``config/default_train_mixed_fidelity.yaml``, the user's file and the c
 
 # ruff: noqa: RUF009 - `option` makes the field of a dataclass, as dataclasses.field does
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-
-FIDELITY_NAME = re.compile(r"[^\W\d][\w+-]*")
-"""What a fidelity may be called: part of the names of metrics and of settings on the command line."""
 
 
 # --------------------------------------------------------------------------------------------------
