@@ -24,7 +24,7 @@ from aimnet2mult.models.base import layout_of_weights, load_checkpoint
 from aimnet2mult.models.jit_wrapper import DeployableModel, load_jit_model
 from aimnet2mult.modules import DFTD3, Forces, SelfAtomicEnergies
 from aimnet2mult.nbops import encode_fidelity
-from aimnet2mult.tools.compile_jit import COMMAND_LINE, load_single_fidelity
+from aimnet2mult.tools.compile_jit import COMMAND_LINE, SUBTRACTED, load_single_fidelity
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,14 @@ class ModelFile(ABC):
     ----------
     path : Path
         The file.
+    title : str
+        What to call it in a report.
     names : dict of int to str or None
         Number -> name of each fidelity.
     """
 
     path: Path
+    title: str
     names: dict[int, str | None]
 
     @abstractmethod
@@ -232,8 +235,17 @@ class ModelFile(ABC):
         raise ValueError(f"{self.path}: no fidelity {asked!r} (it has {listed}); {nearest(asked, known)}")
 
 
-def open_model(path: str | Path, device: torch.device) -> ModelFile:
+def open_model(path: str | Path, device: torch.device, title: str | None = None) -> ModelFile:
     """Open a compiled model (``.jpt``) or a checkpoint.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    device : torch.device
+        Where to evaluate.
+    title : str, optional
+        What to call it in a report; default the name of the file.
 
     Raises
     ------
@@ -241,7 +253,8 @@ def open_model(path: str | Path, device: torch.device) -> ModelFile:
         No such file; not a model, or one that does not say enough about itself.
     """
     path = Path(path)
-    return CompiledFile(path, device) if path.suffix == COMPILED_SUFFIX else CheckpointFile(path, device)
+    kind = CompiledFile if path.suffix == COMPILED_SUFFIX else CheckpointFile
+    return kind(path, device, title or path.name)
 
 
 class CompiledFile(ModelFile):
@@ -253,10 +266,12 @@ class CompiledFile(ModelFile):
         The ``.jpt``.
     device : torch.device
         Where to evaluate.
+    title : str
+        What to call it in a report.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
+    def __init__(self, path: Path, device: torch.device, title: str) -> None:
+        self.path, self.device, self.title = path, device, title
         try:
             self._model = load_jit_model(path, device)
         except AttributeError as error:
@@ -275,7 +290,7 @@ class CompiledFile(ModelFile):
             self._model,
             weight.dtype,
             self.device,
-            self.path.name,
+            self.title,
             fidelity,
             self.names[fidelity],
             self._model.species,
@@ -285,9 +300,11 @@ class CompiledFile(ModelFile):
         if embedded.get("source") == COMMAND_LINE:
             text = DispersionLabel.from_dict(embedded).text
             predictor.notes.append(
-                f"{self.path.name} adds {text} to what was learned (--dispersion of compile_jit). Its errors mean "
+                f"{self.title} adds {text} to what was learned (--dispersion of compile_jit). Its errors mean "
                 f"something only if the labels contain {text}, too."
             )
+        elif embedded.get("source") == SUBTRACTED:
+            predictor.notes.append(_note_on_dispersion(DispersionLabel.from_dict(embedded), predictor))
         return predictor
 
 
@@ -300,6 +317,8 @@ class CheckpointFile(ModelFile):
         The file.
     device : torch.device
         Where to evaluate.
+    title : str
+        What to call it in a report.
 
     Raises
     ------
@@ -307,8 +326,8 @@ class CheckpointFile(ModelFile):
         It holds weights but not the model's configuration or its self-atomic energies.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
+    def __init__(self, path: Path, device: torch.device, title: str) -> None:
+        self.path, self.device, self.title = path, device, title
         self._checkpoint: dict[str, Any] = load_checkpoint(path)
         absent = [
             meaning
@@ -346,10 +365,14 @@ class CheckpointFile(ModelFile):
         label = f"fidelity {fidelity}" + (f" ({name})" if name else "")
         model = DeployableModel(network, species, label).to(self.device).eval()
         dtype = network.afv.weight.dtype
-        predictor = TotalPredictor(model, dtype, self.device, self.path.name, fidelity, name, species, sae)
+        predictor = TotalPredictor(model, dtype, self.device, self.title, fidelity, name, species, sae)
         if subtracted is not None:
-            predictor.notes.append(
-                f"{subtracted.text}, which training took off the labels of {predictor.title}, is added to its "
-                "predictions; both sides contain it."
-            )
+            predictor.notes.append(_note_on_dispersion(subtracted, predictor))
         return predictor
+
+
+def _note_on_dispersion(subtracted: DispersionLabel, predictor: Predictor) -> str:
+    return (
+        f"{subtracted.text}, which training took off the labels of {predictor.title}, is added to its predictions; "
+        "both sides contain it."
+    )

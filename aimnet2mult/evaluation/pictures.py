@@ -28,6 +28,9 @@ SHOWN_SHARE = 0.995
 
 CURVES_PER_ROW = 3
 
+LOG_RATIO = 3.0
+"""Learning curves whose values differ by more than this factor have a logarithmic axis."""
+
 
 def available() -> bool:
     """Tell whether matplotlib is installed."""
@@ -94,12 +97,14 @@ def _histogram(axis: "Axes", key: str, errors: PropertyErrors, units: Units, col
     error = (errors.sample.predicted - errors.sample.label) * units.factor(key)
     limit = float(np.quantile(np.abs(error), SHOWN_SHARE)) or 1.0
     inside = error[np.abs(error) <= limit]
+    axis.locator_params(axis="x", nbins=5)
     axis.hist(inside, bins=HISTOGRAM_BINS, range=(-limit, limit), color=color, alpha=0.8, log=True)
     axis.axvline(0.0, color="0.3", linewidth=0.8)
     axis.set_xlabel(f"predicted − label, {units.name(key)}", fontsize=8)
     axis.set_ylabel("values", fontsize=8)
     beyond = len(error) - len(inside)
-    mean = f"mean {number(float(error.mean()))}"
+    decimals = max(0, 2 - math.floor(math.log10(limit)))
+    mean = f"mean {error.mean():.{decimals}f}"
     text = f"{mean}\n{beyond} of {len(error)} beyond" if beyond else mean
     axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=7)
 
@@ -107,6 +112,7 @@ def _histogram(axis: "Axes", key: str, errors: PropertyErrors, units: Units, col
 def curve_plots(panels: Sequence[Panel]) -> bytes:
     """Learning curves as PNG; a fidelity has one colour in all panels."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     n_columns = min(len(panels), CURVES_PER_ROW)
     n_rows = math.ceil(len(panels) / n_columns)
@@ -122,11 +128,13 @@ def curve_plots(panels: Sequence[Panel]) -> bytes:
             marker = "." if len(points) < 30 else ""
             axis.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=name, linewidth=1.2)
         values = [value for points in panel.curves.values() for _, value in points]
-        if values and min(values) > 0:
+        if values and 0 < LOG_RATIO * min(values) < max(values):
             axis.set_yscale("log")
+            for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
-        axis.set_ylabel(panel.unit or "weighted sum of squares", fontsize=8)
+        axis.set_ylabel(panel.unit or "loss", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.3)
         if any(panel.curves.values()):

@@ -1,312 +1,346 @@
-"""Errors of compiled models on datasets: a table, a JSON file and pictures.
+"""Errors of models on datasets: tables, pictures, and a page that shows them.
 
-``python -m aimnet2mult.tools.evaluate --model m_fid0.jpt --data test0.h5 --model m_fid1.jpt --data test1.h5 --output
-report`` evaluates each model on the dataset that follows it.
+``python -m aimnet2mult.tools.evaluate --model model.pt --data dft=dft.h5 --data gfn2=gfn2.h5 --output report``
+evaluates two fidelities of a checkpoint. A compiled model has one, ``--model m_fid0.jpt --data test0.h5 --model
+m_fid1.jpt --data test1.h5``, and a run knows its own validation molecules, ``--model runs/my_run``. The work is done by
+`aimnet2mult.evaluation`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from aimnet2mult.constants import element_names
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
+    import torch
+
+    from aimnet2mult.data.base import MoleculeSource
+    from aimnet2mult.evaluation.compare import Comparison
+    from aimnet2mult.evaluation.models import Predictor
 
 logger = logging.getLogger(__name__)
 
-QUANTITIES = {"energy": "eV", "forces": "eV/Å", "charges": "e", "spin_charges": "e"}
-"""Properties that are compared, and their units."""
-
-ATOMS_PER_CALL = 2000
-"""Atoms in one call of the model."""
+FIDELITY_PREFIX = re.compile(r"(?P<fidelity>[\w+-]+)=(?P<files>.+)", re.DOTALL)
+"""``NAME=FILE`` of ``--data``."""
 
 
-@dataclass
-class Comparison:
-    """Predictions beside labels for one model and one dataset.
+@dataclass(frozen=True)
+class Request:
+    """A model and the datasets it is to be compared with.
 
     Attributes
     ----------
-    name : str
-        What the model calls itself.
-    data : str
-        Name of the dataset's file.
-    n_atoms : ndarray
-        (n,) atoms of each molecule.
-    values : dict
-        property -> (labels, predictions), flat; energies relative to the self-atomic energies.
+    model : Path
+        Checkpoint, compiled model, or folder of a run.
+    data : tuple of str
+        Datasets as ``--data`` takes them; none for the validation molecules of a run.
     """
 
-    name: str
+    model: Path
+    data: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """A fidelity of a model and the molecules it is to be compared with."""
+
+    predictor: Predictor
+    source: MoleculeSource
     data: str
-    n_atoms: np.ndarray
-    values: dict[str, tuple[np.ndarray, np.ndarray]]
-
-    def errors(self) -> dict[str, dict[str, float]]:
-        """MAE, RMSE and largest error of each property; energies also per atom."""
-        import numpy as np
-
-        table = {}
-        for key, (label, predicted) in self.values.items():
-            table[key] = _statistics(predicted - label)
-        if "energy" in self.values:
-            label, predicted = self.values["energy"]
-            table["energy_per_atom"] = _statistics((predicted - label) / self.n_atoms)
-        assert all(np.isfinite(row["mae"]) for row in table.values())
-        return table
+    indices: np.ndarray | None
 
 
-def _statistics(error: np.ndarray) -> dict[str, float]:
-    import numpy as np
-
-    size = np.abs(error)
-    return {
-        "mae": float(size.mean()),
-        "rmse": float(np.sqrt((error**2).mean())),
-        "max": float(size.max()),
-        "count": int(error.size),
-    }
-
-
-def compare(model_path: str | Path, data_path: str | Path, device: str = "cpu") -> Comparison:
-    """Evaluate a compiled model on every molecule of a dataset.
-
-    Labels that are absent, and NaN entries, are left out.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        Not a compiled model, not a dataset, elements that the model does not know.
-    """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from aimnet2mult.data.sae import sae_energy
-    from aimnet2mult.data.sgdataset import open_dataset
-    from aimnet2mult.models.jit_wrapper import load_jit_model
-
-    model = load_jit_model(model_path, device)
-    dataset = open_dataset(data_path)
-    unknown = [z for z in dataset.elements if z not in model.species]
-    if unknown:
-        raise ValueError(
-            f"{data_path}: holds {element_names(unknown)}, not among the elements of {model_path}: "
-            f"{element_names(model.species)}"
-        )
-    sae = {int(z): float(e) for z, e in model.metadata["sae"].items()}
-    labels: dict[str, list[np.ndarray]] = {key: [] for key in QUANTITIES}
-    predictions: dict[str, list[np.ndarray]] = {key: [] for key in QUANTITIES}
-    sizes: list[np.ndarray] = []
-    progress = tqdm(total=len(dataset), desc=Path(data_path).name, unit="molecule", disable=None)
-    keys = ["coord", "numbers", "charge", "mult", *QUANTITIES]
-    for n_atoms in np.unique(dataset.n_atoms).tolist():
-        rows = np.flatnonzero(dataset.n_atoms == n_atoms)
-        step = max(1, ATOMS_PER_CALL // n_atoms)
-        for start in range(0, len(rows), step):
-            for _, arrays in dataset.read(rows[start : start + step], [key for key in keys if key in dataset.keys]):
-                inputs = {k: torch.as_tensor(arrays[k]).to(device) for k in keys[:4] if k in arrays}
-                out = {k: v.detach().cpu().double().numpy() for k, v in model(inputs).items()}
-                n_molecules = len(arrays["numbers"])
-                sizes.append(np.full(n_molecules, n_atoms))
-                reference = sae_energy(arrays["numbers"], sae)
-                for key in QUANTITIES:
-                    if key in arrays and key in out:
-                        shift = reference if key == "energy" else 0.0
-                        labels[key].append((arrays[key].astype(np.float64) - shift).reshape(n_molecules, -1))
-                        predictions[key].append((out[key] - shift).reshape(n_molecules, -1))
-                progress.update(n_molecules)
-    progress.close()
-    n_atoms_all = np.concatenate(sizes)
-    values = {}
-    for key in QUANTITIES:
-        if labels[key]:
-            label = np.concatenate([x.ravel() for x in labels[key]])
-            predicted = np.concatenate([x.ravel() for x in predictions[key]])
-            known = np.isfinite(label)
-            values[key] = (label[known], predicted[known])
-            if key == "energy":
-                n_atoms_all = n_atoms_all[known]
-    level = model.metadata.get("fidelity_level", 0)
-    name = model.metadata.get("fidelity_name")
-    return Comparison(f"fidelity {level}" + (f" ({name})" if name else ""), Path(data_path).name, n_atoms_all, values)
-
-
-def markdown_table(comparisons: Sequence[Comparison]) -> str:
-    """The errors of all comparisons as a Markdown table."""
-    lines = ["| model | data | property | unit | MAE | RMSE | largest | values |", "|---|---|---|---|---|---|---|---|"]
-    for comparison in comparisons:
-        for key, row in comparison.errors().items():
-            unit = "eV/atom" if key == "energy_per_atom" else QUANTITIES[key]
-            numbers = f"{row['mae']:.4f} | {row['rmse']:.4f} | {row['max']:.3f} | {row['count']}"
-            lines.append(f"| {comparison.name} | {comparison.data} | {key.replace('_', ' ')} | {unit} | {numbers} |")
-    return "\n".join(lines) + "\n"
-
-
-def parity_plot(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Predictions against labels, a row per model, a column per property; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    columns = [key for key in QUANTITIES if any(key in c.values for c in comparisons)]
-    figure = Figure(figsize=(3.4 * len(columns), 3.3 * len(comparisons)), layout="constrained")
-    axes = figure.subplots(len(comparisons), len(columns), squeeze=False)
-    for row, comparison in zip(axes, comparisons, strict=True):
-        for axis, key in zip(row, columns, strict=True):
-            if key not in comparison.values:
-                axis.axis("off")
-                axis.text(0.5, 0.5, f"no {key.replace('_', ' ')}\nin the data", ha="center", va="center")
-                continue
-            label, predicted = comparison.values[key]
-            mae = comparison.errors()[key]["mae"]
-            axis.plot(label, predicted, ".", markersize=2, alpha=0.4, rasterized=True)
-            ends = [min(label.min(), predicted.min()), max(label.max(), predicted.max())]
-            axis.plot(ends, ends, "k-", linewidth=0.8)
-            what = "energy - SAE" if key == "energy" else key.replace("_", " ")
-            axis.set_title(f"{comparison.name}: {what}\nMAE {mae:.3f} {QUANTITIES[key]}", fontsize=9)
-            axis.set_xlabel(f"label, {QUANTITIES[key]}", fontsize=8)
-            axis.set_ylabel(f"predicted, {QUANTITIES[key]}", fontsize=8)
-            axis.tick_params(labelsize=7)
-            axis.set_aspect("equal", adjustable="datalim")
-    figure.savefig(path, dpi=130)
-
-
-def learning_curves(history: str | Path, path: Path) -> None:
-    """Validation errors of each fidelity against the training iteration, from a ``metrics.jsonl``."""
-    from matplotlib.figure import Figure
-
-    records = read_history(history)
-    names = list(
-        dict.fromkeys(key for record in records for key in record if key.startswith("val/") and key.endswith("_mae"))
-    )
-    fidelities = list(dict.fromkeys(name.split("/")[1] for name in names if name.count("/") == 2))
-    properties = [name for name in dict.fromkeys(name.rpartition("/")[2] for name in names) if "per_atom" not in name]
-    figure = Figure(figsize=(4.0 * len(properties), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(properties), squeeze=False)[0]
-    for axis, quantity in zip(axes, properties, strict=True):
-        for name in names:
-            if name.rpartition("/")[2] != quantity:
-                continue
-            points = [(r["iteration"], r[name]) for r in records if name in r]
-            overall = name == f"val/{quantity}"
-            label = "all" if overall else name.split("/")[1]
-            style = "k--" if overall else f"C{fidelities.index(label)}-"
-            axis.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, zorder=3 if overall else 2)
-        axis.set_yscale("log")
-        axis.set_xlabel("iteration")
-        axis.set_ylabel("error, in the units of the log", fontsize=8)
-        axis.set_title(f"validation {quantity.replace('_mae', ' MAE')}", fontsize=9)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such file; not a history of validation errors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a metrics.jsonl of a training: {error}") from error
-    if not any(key.startswith("val/") for record in records for key in record):
-        raise ValueError(f"{path}: holds no validation errors")
-    return records
-
-
-def evaluate(
-    models: Sequence[str | Path],
-    data: Sequence[str | Path],
-    output: str | Path,
-    device: str = "cpu",
-    history: str | Path | None = None,
-) -> str:
-    """Compare each model with its dataset and write ``errors.json``, ``errors.md`` and pictures to a folder.
+def requests_in_order(order: Sequence[str], models: Sequence[str], data: Sequence[str]) -> list[Request]:
+    """Give each dataset to the model before it on the command line; all of them to the only model.
 
     Parameters
     ----------
-    models, data : sequence of path
-        Compiled models and as many datasets.
+    order : sequence of str
+        ``"model"`` and ``"data"`` as they came.
+    models, data : sequence of str
+        Their values, each in its order.
+
+    Raises
+    ------
+    ValueError
+        A model without a dataset that is no folder, or a dataset before the first of several models.
+    """
+    given: list[list[str]] = [[] for _ in models]
+    n_models, next_data = 0, iter(data)
+    for name in order:
+        if name == "model":
+            n_models += 1
+            continue
+        value = next(next_data)
+        if n_models == 0 and len(models) > 1:
+            raise ValueError(f"--data {value}: stands before the first --model; each dataset follows its model")
+        given[max(n_models - 1, 0)].append(value)
+    for model, datasets in zip(models, given, strict=True):
+        if not datasets and not Path(model).is_dir():
+            raise ValueError(f"--model {model}: no --data follows it; only the folder of a run knows its own molecules")
+    return [Request(Path(model), tuple(datasets)) for model, datasets in zip(models, given, strict=True)]
+
+
+def split_data(text: str) -> tuple[str | None, str]:
+    """Fidelity (None where not given) and files of ``--data``; the name of a file may hold an equals sign."""
+    match = FIDELITY_PREFIX.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None, text
+    return match["fidelity"], match["files"]
+
+
+def evaluate(
+    requests: Sequence[Request],
+    output: str | Path,
+    *,
+    fidelity: str | None = None,
+    device: str = "auto",
+    history: str | Path | None = None,
+    unit: str = "eV",
+    max_molecules: int | None = None,
+    atoms_per_call: int | None = None,
+) -> tuple[list[Comparison], Path]:
+    """Compare models with datasets and write a report.
+
+    Everything is checked before the first molecule is evaluated.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        Models and datasets.
     output : str or Path
-        The folder; made if it does not exist.
+        Folder of the report; made if it does not exist.
+    fidelity : str, optional
+        Name or number of the fidelity of those datasets that do not say theirs.
     device : str
-        Where to evaluate.
+        Where to evaluate: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` ...
     history : str or Path, optional
-        ``metrics.jsonl`` of the training, for ``learning_curves.png`` beside ``parity.png``.
+        ``metrics.jsonl`` of the training, for learning curves; default that of the folder of a run.
+    unit : str
+        Unit of energy to show, one of `aimnet2mult.evaluation.properties.DISPLAY_UNITS`.
+    max_molecules : int, optional
+        Evaluate no more than this of each dataset, drawn at random.
+    atoms_per_call : int, optional
+        Atoms in one call of a model; default by device.
 
     Returns
     -------
-    str
-        The Markdown table.
+    comparisons : list of Comparison
+        The errors.
+    page : Path
+        ``index.html``.
 
     Raises
     ------
     ValueError, OSError
-        Not as many models as datasets; files that cannot be read or written.
+        What is wrong with the arguments or the files; nothing has been written then.
     """
-    from aimnet2mult.utils.files import atomic_path, write_text_atomic
+    from aimnet2mult.evaluation.compare import check_elements, compare
+    from aimnet2mult.evaluation.properties import Units
+    from aimnet2mult.evaluation.report import Report, default_atoms_per_call
 
-    if len(models) != len(data):
-        raise ValueError(f"{len(models)} times --model and {len(data)} times --data: give one dataset for each model")
+    units = Units(unit)
     output = Path(output)
+    _check_folder(output)
+    place = pick_device(device)
+    records, record_units = _history(requests, history)
+    model_names = short_names([str(request.model) for request in requests])
+    data_names = short_names([split_data(text)[1] for request in requests for text in request.data])
+    tasks = [task for request in requests for task in _tasks(request, fidelity, place, model_names, data_names)]
+    for task in tasks:
+        check_elements(task.predictor, task.source)
+    comparisons = []
+    for task in tasks:
+        comparison = compare(
+            task.predictor,
+            task.source,
+            task.data,
+            task.indices,
+            max_molecules=max_molecules,
+            atoms_per_call=atoms_per_call or default_atoms_per_call(place),
+        )
+        if not comparison.errors:
+            raise ValueError(f"{task.source.name}: no molecule has a label that {comparison.model} predicts")
+        comparisons.append(comparison)
+    about = {
+        "Models": ", ".join(str(request.model) for request in requests),
+        "Data": ", ".join(dict.fromkeys(str(file) for task in tasks for file in task.source.files)),
+    }
+    title = "Errors of " + ", ".join(dict.fromkeys(comparison.model for comparison in comparisons))
+    return comparisons, Report(title, comparisons, units, about, records, record_units).write(output)
+
+
+def _check_folder(output: Path) -> None:
+    from aimnet2mult.utils.files import check_writable
+
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: is a file; the name of a folder is expected")
-    if history is not None:
-        read_history(history)
-    comparisons = [compare(model, path, device) for model, path in zip(models, data, strict=True)]
-    output.mkdir(parents=True, exist_ok=True)
-    table = markdown_table(comparisons)
-    content: list[dict[str, Any]] = [
-        {"model": c.name, "data": c.data, "molecules": len(c.n_atoms), "errors": c.errors()} for c in comparisons
-    ]
-    write_text_atomic(output / "errors.json", json.dumps(content, indent=1) + "\n")
-    write_text_atomic(output / "errors.md", table)
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    check_writable(existing / f".{output.name}")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Raises
+    ------
+    ValueError
+        It does not exist, or cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        import matplotlib  # noqa: F401 - only to see whether it is there
-    except ModuleNotFoundError:
-        logger.warning('no pictures: matplotlib is not installed (pip install "aimnet2mult[report]")')
-    else:
-        with atomic_path(output / "parity.png") as temporary:
-            parity_plot(comparisons, temporary)
-        if history is not None:
-            with atomic_path(output / "learning_curves.png") as temporary:
-                learning_curves(history, temporary)
-    return table
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--model", "models", required=True, multiple=True, type=click.Path(), help="Compiled model (.jpt).")
+def _history(requests: Sequence[Request], path: str | Path | None) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
+    """Records of the training and the units of their errors; empty without a history."""
+    from aimnet2mult.evaluation.history import learning_curves, read_history, units_of_run
+    from aimnet2mult.evaluation.run_folder import HISTORY
+
+    if path is None:
+        found = [request.model / HISTORY for request in requests if (request.model / HISTORY).is_file()]
+        if not found:
+            return [], {}
+        return read_history(found[0]), units_of_run(found[0].parent)
+    records = read_history(path)
+    if not learning_curves(records):
+        raise ValueError(f"{path}: holds no validation errors")
+    return records, units_of_run(Path(path).parent)
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return what to call files in a report: their names, or their paths where two would be called the same."""
+    names = {path: Path(path).name for path in paths}
+    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
+
+
+def _tasks(
+    request: Request,
+    fidelity: str | None,
+    device: torch.device,
+    model_names: Mapping[str, str],
+    data_names: Mapping[str, str],
+) -> list[Task]:
+    """What is to be computed for a request: files opened, fidelities found."""
+    from aimnet2mult.data.sgdataset import open_dataset
+    from aimnet2mult.evaluation.models import open_model
+    from aimnet2mult.evaluation.run_folder import best_checkpoint, validation_molecules
+
+    path = request.model
+    if path.is_dir():
+        path = best_checkpoint(path)
+        logger.info("%s: evaluating %s", request.model, path.name)
+    model = open_model(path, device, model_names[str(request.model)])
+    predictors: dict[int, Predictor] = {}
+
+    def predictor(asked: str | None) -> Predictor:
+        f = model.choose(asked)
+        if f not in predictors:
+            predictors[f] = model.predictor(f)
+        return predictors[f]
+
+    if not request.data:
+        validation = validation_molecules(request.model)
+        if fidelity is not None:
+            validation = [part for part in validation if model.choose(part.name) == model.choose(fidelity)]
+            if not validation:
+                raise ValueError(f"--fidelity {fidelity}: {request.model} has no validation molecules of it")
+        return [Task(predictor(part.name), part.source, "validation", part.indices) for part in validation]
+    tasks = []
+    for text in request.data:
+        asked, files = split_data(text)
+        tasks.append(Task(predictor(asked or fidelity), open_dataset(files), data_names[files], None))
+    return tasks
+
+
+class InOrder(click.Command):
+    """A command that knows in which order its options came."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note the order of the options in ``ctx.meta`` besides parsing them."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta[__name__] = [str(parameter.name) for parameter in order]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=InOrder, context_settings={"show_default": True})
 @click.option(
-    "--data",
+    "--model",
+    "models",
     required=True,
     multiple=True,
     type=click.Path(),
-    help="Dataset (HDF5), or a pattern for files that are one, for the model before it.",
+    help="Checkpoint (.pt), compiled model (.jpt), or folder of a run, of which the best checkpoint is taken. May be "
+    "given several times.",
 )
-@click.option("--output", required=True, type=click.Path(), help="Folder for errors.json, errors.md and pictures.")
-@click.option("--history", type=click.Path(), help="metrics.jsonl of the training, to draw learning_curves.png.")
-@click.option("--device", default="cpu", help="Device to evaluate on.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="[FIDELITY=]FILE",
+    help="Dataset (HDF5), or a pattern for files that are one, for the model before it; FIDELITY is a name or number. "
+    "May be given several times, and left out for the folder of a run: then the molecules it validated with are taken.",
+)
+@click.option("--fidelity", help="Name or number of the fidelity of datasets that do not say theirs.")
+@click.option("--output", required=True, type=click.Path(), help="Folder for index.html, tables and pictures.")
+@click.option("--history", type=click.Path(), help="metrics.jsonl of the training, for learning curves.")
+@click.option("--unit", default="eV", help="Unit of energy in which errors are shown: eV, meV, kcal/mol or kJ/mol.")
+@click.option(
+    "--device", default="auto", help="Device to evaluate on: auto (a GPU if there is one), cpu, cuda, cuda:N."
+)
+@click.option(
+    "--max-molecules", type=click.IntRange(min=1), help="Evaluate at most so many of each dataset, drawn at random."
+)
+@click.option(
+    "--atoms-per-call",
+    type=click.IntRange(min=1),
+    help="Atoms in one call of a model; fewer need less memory.  [default: 2000, on GPUs 20000]",
+)
+@click.pass_context
 @user_errors
-def main(models: tuple[str, ...], data: tuple[str, ...], output: str, history: str | None, device: str) -> None:
-    """Compare compiled models with the labels of datasets: errors per property, table and pictures."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    click.echo(evaluate(models, data, output, device, history), nl=False)
-    click.echo(output)
+def main(
+    ctx: click.Context,
+    models: tuple[str, ...],
+    data: tuple[str, ...],
+    fidelity: str | None,
+    output: str,
+    history: str | None,
+    unit: str,
+    device: str,
+    max_molecules: int | None,
+    atoms_per_call: int | None,
+) -> None:
+    """Compare models with the labels of datasets: errors of each property by fidelity, size and element."""
+    from aimnet2mult.evaluation.properties import Units
+    from aimnet2mult.evaluation.tables import markdown_summary
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    order = [{"models": "model"}.get(name, name) for name in ctx.meta[__name__] if name in ("models", "data")]
+    comparisons, page = evaluate(
+        requests_in_order(order, models, data),
+        output,
+        fidelity=fidelity,
+        device=device,
+        history=history,
+        unit=unit,
+        max_molecules=max_molecules,
+        atoms_per_call=atoms_per_call,
+    )
+    click.echo(markdown_summary(comparisons, Units(unit)))
+    click.echo(page)
 
 
 if __name__ == "__main__":
