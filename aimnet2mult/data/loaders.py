@@ -1,7 +1,7 @@
 """From a dataset to batches: the loader."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ def make_loader(
     pin_memory: bool = False,
     persistent_workers: bool | None = None,
     prefetch_factor: int | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> MoleculeLoader:
     """Make a loader of batches ``(x, y)`` as `aimnet2mult.data.collate.collate` describes them.
 
@@ -88,6 +89,8 @@ def make_loader(
         Keep the workers between epochs; default True if there are any.
     prefetch_factor : int, optional
         Batches that each worker prepares ahead; default 2.
+    worker_init_fn : callable, optional
+        Called in each worker with its number, before it reads.
 
     Raises
     ------
@@ -111,6 +114,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
         prefetch_factor=prefetch_factor,
+        worker_init_fn=worker_init_fn,
         # A loader draws a seed for its workers: from here, not from the generator that training uses.
         generator=torch.Generator().manual_seed(sampler.seed),
     )

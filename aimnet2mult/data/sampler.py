@@ -364,6 +364,11 @@ class MixedFidelityBatchSampler(Sampler[list[int]]):
             settings[f"draws of {self._names[f]} per epoch"] = float(self._demand[f])
         return {**settings, "digest of the molecules' sizes and indices": self._digest}
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of this process in the whole of the current epoch."""
+        return len(self._own_batches())
+
     def __len__(self) -> int:
         """Return the number of batches that this process has in the current epoch, from ``first_batch`` on."""
         return max(0, len(self._own_batches()) - self._first_batch)

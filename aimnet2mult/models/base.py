@@ -162,9 +162,9 @@ def versions() -> dict[str, str]:
 
 def save_checkpoint(
     path: str | Path,
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     *,
-    model_config: Mapping[str, Any],
+    model_config: Mapping[str, Any] | None,
     num_fidelities: int,
     fidelity_offset: int,
     use_fidelity_readouts: bool,
@@ -181,10 +181,10 @@ def save_checkpoint(
     ----------
     path : str or Path
         The file.
-    model : nn.Module
-        Its state dict is stored under ``model``, on the CPU.
-    model_config : mapping
-        ``class`` and ``kwargs`` of the single-fidelity model.
+    model : nn.Module or mapping
+        Its state dict (or this one) is stored under ``model``, on the CPU.
+    model_config : mapping or None
+        ``class`` and ``kwargs`` of the single-fidelity model; None leaves the entry out.
     num_fidelities, fidelity_offset, use_fidelity_readouts
         As in `build_model`.
     fidelity_names : mapping, optional
@@ -201,10 +201,11 @@ def save_checkpoint(
     extra : mapping, optional
         Further entries of plain Python types and tensors (state of the training).
     """
+    weights = model.state_dict() if isinstance(model, nn.Module) else model
     checkpoint: dict[str, Any] = {
         "format_version": CHECKPOINT_VERSION,
-        "model": {key: value.detach().cpu() for key, value in model.state_dict().items()},
-        "model_config": _plain(model_config),
+        "model": {key: value.detach().cpu() for key, value in weights.items()},
+        **({} if model_config is None else {"model_config": _plain(model_config)}),
         "num_fidelities": int(num_fidelities),
         "fidelity_offset": int(fidelity_offset),
         "use_fidelity_readouts": bool(use_fidelity_readouts),
@@ -222,6 +223,20 @@ def save_checkpoint(
         assert key not in checkpoint, key
         checkpoint[key] = value
     with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def copy_model(source: str | Path, target: str | Path) -> None:
+    """Write the model of a checkpoint without the state of its training.
+
+    Raises
+    ------
+    OSError, CheckpointError
+        As `load_checkpoint`; ``target`` cannot be written.
+    """
+    checkpoint = load_checkpoint(source)
+    checkpoint.pop("training", None)
+    with atomic_path(target) as temporary:
         torch.save(checkpoint, temporary)
 
 

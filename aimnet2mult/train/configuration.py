@@ -32,13 +32,13 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_tr
 """The packaged settings."""
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read, merge and check the settings of a run.
 
     Parameters
     ----------
-    path : str or Path, optional
-        The user's YAML file. Paths in it are relative to its folder.
+    path : str, Path or mapping, optional
+        The user's YAML file, paths in it relative to its folder; or the settings that a checkpoint stores.
     overrides : sequence of str
         ``dotted.key=value``, the value as in YAML. Paths are relative to the working directory.
 
@@ -61,8 +61,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     packaged = {name: set(config[name].kwargs) for name in ("loss", "optimizer", "scheduler", "metrics")}
     packaged["scheduler"].add("terminate_on_low_lr")
     if path is not None:
-        path = Path(path)
-        _apply_class_changes(config, source := _Source(str(path), read_yaml(path), path.absolute().parent), packaged)
+        source = _source(path)
+        _apply_class_changes(config, source, packaged)
         _apply(config, source, problems)
     for override in overrides:
         source = _Source("command line", _parse_override(override, problems), Path.cwd(), deep=True)
@@ -83,6 +83,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if problems:
         raise ConfigError("\n".join(problems))
     return resolved
+
+
+def _source(path: str | Path | Mapping[str, Any]) -> "_Source":
+    if isinstance(path, Mapping):
+        return _Source("checkpoint", dict(path), Path.cwd())
+    path = Path(path)
+    return _Source(str(path), read_yaml(path), path.absolute().parent)
 
 
 def _not_reported(messages: Sequence[str], problems: Sequence[str]) -> list[str]:

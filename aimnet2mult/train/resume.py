@@ -1,0 +1,187 @@
+"""What a command asks for: a new run, or to go on with one.
+
+A run goes on with the settings and the data that it began with; `FREE_SETTINGS` may be changed.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aimnet2mult.config.builder import ConfigError
+from aimnet2mult.models.base import load_model_config
+from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.data import Data
+from aimnet2mult.train.run_folder import Resume, changed_data, find_resume
+from aimnet2mult.train.schema import TrainConfig, to_dict
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""What stands for the run in ``checkpoint.dirname``, if there is one."""
+
+FREE_SETTINGS = (
+    "run_name",
+    "project_name",
+    "device",
+    "report",
+    "init_from",
+    "data.fidelities.*.files",
+    "data.fidelities.*.val_files",
+    "data.fidelities.*.sae",
+    "data.fidelities.*.level",
+    "data.fidelity_datasets.*",
+    "data.val_fidelity_datasets.*",
+    "data.sae.energy.files.*",
+    "data.sae.energy.file",
+    "data.dispersion_cache",
+    "data.ddp_load_full_dataset",
+    "data.loaders",
+    "data.samplers.val",
+    "trainer.epochs",
+    "trainer.max_skipped",
+    "trainer.early_stopping.patience",
+    "trainer.deterministic",
+    "trainer.compile",
+    "checkpoint.dirname",
+    "checkpoint.filename_prefix",
+    "checkpoint.every_iterations",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_last",
+    "checkpoint.kwargs",
+    "log_frequency",
+    "wandb",
+    "tensorboard",
+)
+"""Settings that may differ when a run goes on; where files lie may, too, but what is in them is compared."""
+
+
+@dataclass
+class Job:
+    """What to train.
+
+    Attributes
+    ----------
+    config : TrainConfig
+        The settings.
+    model_config : dict
+        ``class`` and ``kwargs`` of the single-fidelity model.
+    resume : Resume, optional
+        The run to go on with.
+    """
+
+    config: TrainConfig
+    model_config: dict[str, Any]
+    resume: Resume | None
+
+
+def read_job(
+    config: str | Path | None = None,
+    model: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | Path | None = None,
+) -> Job:
+    """Read settings and model, of a new run or of one that goes on.
+
+    Parameters
+    ----------
+    config : str or Path, optional
+        File of settings; default: those of the run that goes on, for a new one the packaged ones.
+    model : str or Path, optional
+        File of the model; default: that of the run that goes on, for a new one the packaged one.
+    overrides : sequence of str
+        Settings as ``key=value``.
+    resume : str or Path, optional
+        Folder of a run or a checkpoint in it, or `AUTO`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Settings, model or run that cannot be used, or settings that must not change while a run goes on.
+    """
+    if resume == AUTO:
+        settings = load_config(config, overrides)
+        resume = settings.checkpoint.dirname
+        if not any(resume.glob("*_last_iter_*.pt")):
+            return Job(settings, load_model_config(model), None)
+    if resume is None:
+        return Job(load_config(config, overrides), load_model_config(model), None)
+    found = find_resume(resume)
+    before, model_config = found.content["train_config"], found.content["model_config"]
+    settings = load_config(before if config is None else config, overrides)
+    # A run keeps its place and its name; only a moved folder has another place.
+    settings.run_name, settings.project_name = before["run_name"], before["project_name"]
+    settings.checkpoint.dirname = found.folder
+    settings.checkpoint.filename_prefix = before["checkpoint"]["filename_prefix"]
+    for change in check_settings(before, settings):
+        logger.info("changed: %s", change)
+    if model is not None and load_model_config(model) != model_config:
+        raise ConfigError(f"--model: {model} is not the model of the run in {found.folder}; leave it out")
+    return Job(settings, model_config, found)
+
+
+def check_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Compare the settings with those of the run that goes on.
+
+    Parameters
+    ----------
+    before : mapping
+        Settings in its checkpoint (``train_config``).
+    config : TrainConfig
+        Settings now.
+
+    Returns
+    -------
+    list of str
+        What is another now, for the log.
+
+    Raises
+    ------
+    ConfigError
+        A setting differs that the state of the run depends on; all of them are named.
+    """
+    changes = list(_differences(before, to_dict(config)))
+    refused = [f"{key}: {old} when the run began, {new} now" for key, old, new in changes if not _is_free(key)]
+    if refused:
+        raise ConfigError(
+            "\n".join(refused) + "\nGo on with the same settings, or begin a new run from the weights with --load"
+        )
+    return [f"{key}: {old} -> {new}" for key, old, new in changes]
+
+
+def check_data(content: Mapping[str, Any], data: Data) -> None:
+    """Compare the data with those of the run that goes on.
+
+    Raises
+    ------
+    ConfigError
+        Other fidelities, files with another content, or other self-atomic energies.
+    """
+    problems = changed_data(content["data"], data.record)
+    if content.get("sae", {}) != (data.sae or {}):
+        problems.append("self-atomic energies are others than when the run began")
+    if problems:
+        raise ConfigError(
+            "\n".join(problems) + "\nGo on with the same data, or begin a new run from the weights with --load"
+        )
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield dotted key, old and new value of what differs between two nested mappings."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield prefix, before, now
+        return
+    for key in dict.fromkeys([*before, *now]):
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        yield from _differences(before.get(key), now.get(key), dotted)
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting may differ: it, or a part that it belongs to, is among `FREE_SETTINGS`."""
+    return any(_begins_with(key.split("."), pattern.split(".")) for pattern in FREE_SETTINGS)
+
+
+def _begins_with(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    return len(parts) >= len(pattern) and all(p in ("*", part) for part, p in zip(parts, pattern, strict=False))
