@@ -706,7 +706,7 @@ def _read_json(path: Path, key: str, kind: type) -> dict[str, Any]:
     """Read a JSON file whose entry ``key`` is of a kind."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), kind):
         raise ValueError(f"{path}: not written by a run: it has no {key}")

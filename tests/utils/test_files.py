@@ -1,14 +1,27 @@
 """Files are written whole or not at all; user's mistakes end with exit status 2."""
 
+import errno
 import os
+import re
 import stat
+import subprocess
+import sys
+import time
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from aimnet2mult.utils import files
 from aimnet2mult.utils.cli import error_message, user_errors
-from aimnet2mult.utils.files import atomic_path, check_writable, write_text_atomic
+from aimnet2mult.utils.files import (
+    ABANDONED_AFTER,
+    atomic_path,
+    check_writable,
+    remove_stale,
+    sync_folder,
+    write_text_atomic,
+)
 
 
 def test_atomic_path_moves_the_finished_file_and_keeps_the_suffix(tmp_path):
@@ -36,6 +49,102 @@ def test_failed_block_leaves_the_old_file_and_nothing_else(tmp_path, error):
         write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_content_and_name_are_on_disk_when_the_block_ends(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append("sync folder" if is_folder else "sync file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append("move"), replace(old, new)))
+    write_text_atomic(tmp_path / "a.txt", "text")
+    assert steps == ["sync file", "move", "sync folder"]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_only_systems_that_cannot_sync_folders_are_excused(tmp_path, monkeypatch, number, passes):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if passes:
+        sync_folder(tmp_path)
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            sync_folder(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from aimnet2mult.utils.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    target = tmp_path / "model.v1.pt"
+    target.write_text("old")
+    status = subprocess.run([sys.executable, "-c", KILLED, str(target)]).returncode
+    assert status < 0
+    (left,) = (name for name in os.listdir(tmp_path) if name != target.name)
+    assert re.fullmatch(r"\.model\.v1\.[0-9a-f]{8}-\d+-[0-9a-f]{6}\.pt", left)
+    assert remove_stale(tmp_path) == [tmp_path / left]
+    assert os.listdir(tmp_path) == [target.name]
+    assert target.read_text() == "old"
+
+
+def test_what_is_being_written_and_what_is_not_ours_stays(tmp_path):
+    here, dead, gone = files._place(), 2**22 + 1, time.time() - ABANDONED_AFTER - 100  # no such process
+    kept = [
+        f".a.{here}-{os.getppid()}-abcdef.pt",  # of a process that runs
+        f".b.00000000-{dead}-abcdef.pt",  # perhaps of one that runs elsewhere
+        f"c.{here}-{dead}-abcdef.pt",
+        f".d.{dead}-abcdef.pt",
+        f".e.{here}-{dead}-abcdefg.pt",
+        f".f.{here}-{dead}-abcdef.pt.bak",
+        f".{here}-{dead}-abcdef.pt",
+        ".hidden",
+        "model.pt",
+    ]
+    stale = [
+        f".g.{here}-{dead}-abcdef.pt",
+        f".h.{here}-{dead}-abcdef",
+        f".i\n.j.{here}-{dead}-abcdef.jsonl",
+        f".k.00000000-{os.getppid()}-abcdef.pt",  # written elsewhere, long ago
+        f".l.{here}-{os.getpid()}-abcdef.pt",  # of a process that had our number
+        f".m.{here}-{10**30}-abcdef.pt",
+    ]
+    for name in kept + stale:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / f".k.00000000-{os.getppid()}-abcdef.pt", (gone, gone))
+    folder = tmp_path / f".n.{here}-{dead}-abcdef.pt"
+    folder.mkdir()
+    link = tmp_path / f".o.{here}-{dead}-abcdef.pt"
+    link.symlink_to(tmp_path / "model.pt")
+    with atomic_path(tmp_path / "new.pt") as temporary:
+        temporary.touch()
+        assert {path.name for path in remove_stale(tmp_path)} == set(stale)
+        assert temporary.exists()
+    assert set(os.listdir(tmp_path)) == {*kept, folder.name, link.name, "new.pt"}
+
+
+def test_stale_file_that_cannot_be_removed_is_named(tmp_path, monkeypatch, caplog):
+    path = tmp_path / f".a.{files._place()}-{2**22 + 1}-abcdef.pt"
+    path.touch()
+
+    def fail(self, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "unlink", fail)
+    assert remove_stale(tmp_path) == []
+    assert f"{path}: left behind by a process that was killed, cannot be removed (Permission denied)" in caplog.text
 
 
 def test_symbolic_link_stays_a_link(tmp_path):
