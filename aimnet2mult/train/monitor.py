@@ -186,6 +186,11 @@ class EarlyStopping:
             self.waited = 0
         else:
             self.waited += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the patience is at its end."""
         return self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:

@@ -260,9 +260,9 @@ class Schedule:
                 self.scheduler.step()
         except ConfigError:
             raise
-        except (ValueError, ArithmeticError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             step = self.counts[self.unit]
-            raise ConfigError(f"scheduler.kwargs: {self.name} fails after {self.unit} {step}: {error}") from error
+            raise ConfigError(f"scheduler.kwargs: {self.name}: {error} (after {self.unit} {step})") from error
         self.peak = max(self.peak, self._scheduled_rate)
 
     def _follow(self) -> None:
@@ -372,7 +372,10 @@ def _with_total(value: Any, total: int) -> Any:
 
 def _make_scheduler(name: str, kwargs: Mapping[str, Any], optimizer: Optimizer) -> Any:
     """Build a scheduler over ``optimizer``; nodes ``{class, kwargs}`` among its arguments are built before it."""
-    target = resolve(name)
+    try:
+        target = resolve(name)
+    except ConfigError as error:
+        raise ConfigError(f"scheduler: class: {error}") from error
     arguments = {key: _make_nodes(value, optimizer) for key, value in kwargs.items()}
     for key in FUNCTIONS:
         if isinstance(arguments.get(key), str):

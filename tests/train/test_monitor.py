@@ -152,6 +152,7 @@ def test_early_stopping_goes_on_from_its_state():
         resumed.load_state_dict(torch.load(file, weights_only=True))
         rest = [[early.update({"loss": value}) for value in values[stop:]] for early in (whole, resumed)]
         assert rest[0] == rest[1]
+        assert whole.exhausted == resumed.exhausted == rest[0][-1]
         assert whole.state_dict() == resumed.state_dict()
 
 

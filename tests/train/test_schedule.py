@@ -530,6 +530,11 @@ def test_state_of_another_make_does_not_fit():
         (TORCH + "ReduceLROnPlateau", {"metric_name": {"loss": 0}}, "metric_name.loss: expected a positive weight"),
         (IGNITE + "CosineAnnealingScheduler", {"start_value": 1.0, "end_value": 0.0, "cycle_size": 1}, "cycle_size"),
         (IGNITE + "ConcatScheduler", {"schedulers": [{"class": "x.Y", "duration": 3}], "durations": []}, "duration"),
+        (
+            IGNITE + "LRScheduler",
+            {"lr_scheduler": node(TORCH + "StepLRs", step_size=3)},
+            r"scheduler: class: torch.optim.lr_scheduler.StepLRs: .* did you mean StepLR",
+        ),
         ("ignite.handlers.Checkpoint", {}, "Checkpoint is not a scheduler of ignite.handlers or torch"),
     ],
 )
@@ -553,10 +558,11 @@ def test_mistakes_around_the_scheduler_are_named(options, message):
 
 
 def test_step_that_fails_is_named():
+    _, schedule = scheduled(TORCH + "CosineAnnealingLR", {"T_max": "totals"})
+    with pytest.raises(ConfigError, match=r"scheduler\.kwargs: .*CosineAnnealingLR: unsupported operand"):
+        schedule.epoch()
     _, schedule = scheduled(TORCH + "OneCycleLR", {"max_lr": 1e-2, "total_steps": 3}, length=None)
     for _ in range(3):
         schedule.epoch()
-    with pytest.raises(
-        ConfigError, match=r"scheduler\.kwargs: .*OneCycleLR fails after epoch 4: Tried to step 4 times"
-    ):
+    with pytest.raises(ConfigError, match=r"scheduler\.kwargs: .*OneCycleLR: Tried to step 4 times.*\(after epoch 4\)"):
         schedule.epoch()
