@@ -377,42 +377,6 @@ def _portions(samples: Sequence[Sample]) -> Iterable[list[Sample]]:
     yield portion
 
 
-def sources_by_name(names: Mapping[int, str], checkpoint: Mapping[str, Any]) -> dict[int, int]:
-    """Fidelity of the checkpoint for each fidelity of a model, where they have names in common.
-
-    Parameters
-    ----------
-    names : mapping
-        Name of each fidelity of the model.
-    checkpoint : mapping
-        As `models.base.load_checkpoint` returns it.
-
-    Returns
-    -------
-    dict
-        {fidelity of the model: fidelity of the checkpoint}, as ``init_from`` of `transfer_weights` takes it: equal
-        names belong together, and a name that the checkpoint does not have starts from its fidelity 0. Empty if no
-        name is common to both (numbers decide then).
-    """
-    known = {name: f for f, name in (checkpoint.get("fidelity_names") or {}).items()}
-    if not set(names.values()) & set(known):
-        return {}
-    return {f: known.get(name, 0) for f, name in names.items()}
-
-
-def log_of_names(names: Mapping[int, str], checkpoint: Mapping[str, Any], sources: Mapping[int, int]) -> list[str]:
-    """Say what names decide about a transfer, one sentence each, for the log; ``sources`` as of `sources_by_name`."""
-    known = checkpoint.get("fidelity_names") or {}
-    if not known:
-        return []
-    if not sources:
-        listed = ", ".join(known[f] for f in sorted(known))
-        return [f"no name in common with the checkpoint ({listed}): its fidelities are taken by their numbers"]
-    new = [names[f] for f in sorted(names) if names[f] not in known.values()]
-    first = f"{known[0]} (fidelity 0 of the checkpoint)"
-    return [f"{name} is new: its embedding and readouts start from {first}" for name in new]
-
-
 # --------------------------------------------------------------------------------------------------
 # elements
 # --------------------------------------------------------------------------------------------------

@@ -220,14 +220,14 @@ def _summary(
 ) -> list[str]:
     """Return a table of what is trained, at which rate, and of what is kept fixed by what."""
     fixed_numbers = {id(weights[name]): sum(weights[name][block].numel() for block in rows[name]) for name in rows}
-    lines = []
+    lines: list[tuple[str | int, ...]] = []
     for group in optimizer.param_groups:
         count = sum(weight.numel() - fixed_numbers.get(id(weight), 0) for weight in group["params"])
-        lines.append((f"trained: group {group['name']}", f"{float(group['lr']):g}", f"{len(group['params'])}", count))
+        lines.append((f"trained: group {group['name']}", f"{float(group['lr']):g}", len(group["params"]), count))
     for why in (BY_MODEL, BY_PATTERN, BY_BACKBONE, BY_FIDELITY):
         mine = [weights[name] for name, reason in fixed.items() if reason == why]
         if mine:
-            lines.append((f"fixed by {why}", "-", f"{len(mine)}", sum(weight.numel() for weight in mine)))
+            lines.append((f"fixed by {why}", "-", len(mine), sum(weight.numel() for weight in mine)))
     for name in rows:
         lines.append((f"fixed by {BY_FIDELITY}: rows of {name}", "-", "-", fixed_numbers[id(weights[name])]))
     return text_table(("optimizer", "learning rate", "tensors", "weights"), lines)

@@ -1,18 +1,27 @@
 """Transfer of weights between models of different fidelities: predictions stay what they should be."""
 
 import copy
+import re
 
+import h5py
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from aimnet2mult.config.builder import ConfigError
+from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_checkpoint, save_checkpoint
+from aimnet2mult.modules import Forces
 from aimnet2mult.train.fidelity_specific_utils import (
     TransferRow,
+    closest_fidelities,
     known_elements,
     layout_of_weights,
+    named_sources,
     new_species,
+    start_from_checkpoint,
     transfer_weights,
 )
 
@@ -342,3 +351,197 @@ def test_new_species_are_those_without_trained_weights(config, single):
     assert new_species(model, checkpoint, {0: [1, 6, 7], 1: [1, 17]}) == {0: [7], 1: [17]}
     assert new_species(model, checkpoint, {0: [1, 6], 1: [8]}) == {}
     assert new_species(model, {"model": weights}, {0: [1, 7], 1: [17]}) == {0: [7]}
+
+
+# --- which fidelity of the checkpoint is the closest ----------------------------------------------
+
+
+def molecules(rng, n_molecules, elements):
+    """Coordinates (n, 4, 3) in Å and atomic numbers (n, 4) of distorted tetrahedra."""
+    corners = np.array([[0.0, 0, 0], [1.1, 0, 0], [-0.4, 1.1, 0], [-0.4, -0.5, 1.0]])
+    numbers = rng.choice(elements, (n_molecules, 4))
+    return (corners + 0.1 * rng.normal(size=(n_molecules, 4, 3))).astype(np.float32), numbers
+
+
+def predicted(model, coord, numbers, fidelity):
+    """Energies and forces of a fidelity, as labels."""
+    types = torch.from_numpy(numbers)
+    data = {"coord": torch.from_numpy(coord), "numbers": types + fidelity * 200, "charge": torch.zeros(len(types))}
+    data |= {"mult": torch.ones(len(types)), "_fidelities": torch.full((len(types),), fidelity)}
+    out = Forces(model)(data)
+    return {"energy": out["energy"].detach().double().numpy(), "forces": out["forces"].detach().numpy()}
+
+
+@pytest.fixture
+def new_data(config, mixed, tmp_path):
+    """Function: a dataset whose fidelities have the labels that fidelities of the reference model predict."""
+
+    def write(*specifications, offset=200, **options):
+        model = build(config, 3)
+        transfer_weights(model, mixed)
+        files = {}
+        for f, (fidelity, change) in enumerate(specifications):
+            rng = np.random.default_rng(f)
+            coord, numbers = molecules(rng, 30, options.get("elements", [1, 6, 8]))
+            arrays = {"coord": coord, "numbers": numbers, "charge": np.zeros(30, np.float32)}
+            arrays |= change(numbers, predicted(model, coord, numbers, fidelity))
+            files[f] = tmp_path / f"new{f}.h5"
+            with h5py.File(files[f], "w") as file:
+                for key, value in arrays.items():
+                    file[f"004/{key}"] = value
+        return MixedFidelityDataset(files, fidelity_offset=offset, y=options.get("y", ("energy", "forces")))
+
+    return write
+
+
+def as_they_are(numbers, labels):
+    return labels
+
+
+def other_reference(numbers, labels):
+    """Energies relative to other atoms, without forces."""
+    offsets = np.zeros(119)
+    offsets[[1, 6, 8]] = 3.0, -70.0, 11.0
+    return {"energy": labels["energy"] + offsets[numbers].sum(axis=1)}
+
+
+def without_labels(numbers, labels):
+    return {"energy": np.full_like(labels["energy"], np.nan)}
+
+
+def some_forces(numbers, labels):
+    labels["forces"][::2] = np.nan
+    return labels
+
+
+@pytest.mark.parametrize("change", [as_they_are, other_reference, some_forces])
+@pytest.mark.parametrize("offset", [200, 150])
+def test_the_fidelity_whose_labels_the_data_has_is_the_closest(config, mixed, new_data, change, offset):
+    dataset = new_data((1, change), (2, change), (0, change), offset=offset)
+    names = {0: "a", 1: "b", 2: "c"}
+    state = torch.random.get_rng_state()
+    found = closest_fidelities(mixed, config, dataset, np.arange(len(dataset)), names)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {f: closest.source for f, closest in found.items()} == {0: 1, 1: 2, 2: 0}
+    assert found[0].quantity == ("spread of energies" if change is other_reference else "force RMSE")
+    assert found[0].n_molecules == (15 if change is some_forces else 30)
+    assert found[0].errors[1] < 1e-4 < 1e-2 < min(found[0].errors[0], found[0].errors[2])
+
+
+def test_errors_are_those_of_a_few_lines_of_numpy(config, mixed, new_data):
+    dataset = new_data((1, as_they_are))
+    chosen = np.arange(0, 30, 3)
+    closest = closest_fidelities(mixed, config, dataset, chosen, {0: "a"})[0]
+    model = build(config, 3)
+    transfer_weights(model, mixed)
+    coord, numbers = molecules(np.random.default_rng(0), 30, [1, 6, 8])
+    forces = [predicted(model, coord[chosen], numbers[chosen], f)["forces"] for f in range(3)]
+    for f in (0, 2):
+        assert closest.errors[f] == pytest.approx(np.sqrt(np.mean((forces[f] - forces[1]) ** 2)), rel=1e-4)
+    assert closest.n_molecules == 10
+    limited = closest_fidelities(mixed, config, dataset, chosen, {0: "a"}, max_molecules=4)[0]
+    assert limited.n_molecules == 4
+
+    energies_only = new_data((1, lambda n, labels: {"energy": labels["energy"]}))
+    closest = closest_fidelities(mixed, config, energies_only, np.arange(30), {0: "a"})[0]
+    energy = [predicted(model, coord, numbers, f)["energy"] for f in range(3)]
+    counts = np.stack([(numbers == z).sum(axis=1) for z in (1, 6, 8)], axis=1).astype(float)
+    for f in (0, 2):
+        difference = energy[f] - energy[1]
+        difference -= counts @ np.linalg.solve(counts.T @ counts, counts.T @ difference)
+        assert closest.errors[f] == pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-4)
+
+
+def test_only_molecules_whose_elements_all_know_are_compared(config, mixed, new_data):
+    dataset = new_data((2, as_they_are), elements=[1, 6, 17])
+    with_species = {**mixed, "species": {0: [1, 6], 1: [6, 7, 8], 2: [1, 6, 17]}}
+    closest = closest_fidelities(with_species, config, dataset, np.arange(30), {0: "a"})[0]
+    _, numbers = molecules(np.random.default_rng(0), 30, [1, 6, 17])
+    n_known = [int(np.isin(numbers, known).all(axis=1).sum()) for known in ([1, 6], [6])]
+    assert n_known[1] == 0 < n_known[0]  # fidelity 1 knows none of them and drops out
+    assert closest.source == 2
+    assert closest.n_molecules == n_known[0]
+    assert set(closest.errors) == {0, 2}
+
+
+def test_weights_that_are_not_finite_are_never_the_closest(config, mixed, new_data):
+    dataset = new_data((1, as_they_are))
+    weights = dict(mixed["model"])
+    weights["fidelity_readouts.1.energy_mlp.mlp.0.bias"] = torch.full((24,), torch.nan)
+    closest = closest_fidelities({"model": weights}, config, dataset, np.arange(30), {0: "a"})[0]
+    assert closest.source in (0, 2)
+    assert np.isnan(closest.errors[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (without_labels, {}, r"a has neither force nor energy labels .*; say in init_from\.a which fidelity"),
+        (as_they_are, {"species": [35]}, r"a: no fidelity of the checkpoint knows the elements"),
+        (other_reference, {"first": 3}, r"3 molecules with an energy are too few .* closest to a; say in init_from\.a"),
+    ],
+)
+def test_what_cannot_be_measured_has_to_be_said(config, mixed, new_data, change, options, message):
+    dataset = new_data((1, change))
+    checkpoint = {**mixed, "species": {f: options["species"] for f in range(3)}} if "species" in options else mixed
+    with pytest.raises(ConfigError, match=message):
+        closest_fidelities(checkpoint, config, dataset, np.arange(30)[: options.get("first")], {0: "a"})
+
+
+# --- where fidelities start -----------------------------------------------------------------------
+
+NAMED = {0: "dft", 1: "ccsd", 2: "gfn2"}
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "init_from", "expected"),
+    [
+        ({0: "gfn2", 1: "dft"}, NAMED, {}, {0: 2, 1: 0}),
+        ({0: "gfn2", 1: "new"}, NAMED, {}, {0: 2}),
+        ({0: "gfn2", 1: "new"}, NAMED, {"new": "ccsd"}, {0: 2, 1: 1}),
+        ({0: "gfn2", 1: "new"}, NAMED, {"gfn2": "0", "1": "gfn2"}, {0: 0, 1: 2}),
+        ({0: "new"}, NAMED, {}, {}),
+        ({0: "fid0", 1: "fid1"}, NAMED, {}, {0: 0, 1: 1}),
+        ({0: "a", 1: "b"}, {}, {}, {0: 0, 1: 1}),
+        ({0: "fid0", 1: "fid1", 2: "fid2", 3: "fid3"}, {}, {}, {0: 0, 1: 1, 2: 2}),
+    ],
+)
+def test_names_and_settings_say_where_fidelities_start(mixed, names, known, init_from, expected):
+    starts = named_sources({**mixed, "fidelity_names": known}, names, init_from)
+    assert {f: start.source for f, start in starts.items()} == expected
+
+
+def test_all_fidelities_start_from_the_only_one(single):
+    starts = named_sources(single, {0: "a", 1: "b"}, {})
+    assert {f: start.source for f, start in starts.items()} == {0: 0, 1: 0}
+
+
+@pytest.mark.parametrize(
+    ("init_from", "message"),
+    [
+        ({"newer": "dft"}, r"init_from: there is no fidelity newer; did you mean new\?"),
+        ({"new": "dtf"}, r"init_from\.new: in the checkpoint: there is no fidelity dtf; did you mean dft\?"),
+        ({"new": "3"}, r"init_from\.new: in the checkpoint: there is no fidelity 3; known: dft, ccsd, gfn2"),
+        ({"new": "dft", "1": "dft"}, r"init_from\.1: new is there twice, by its name and by its number"),
+    ],
+)
+def test_mistakes_in_init_from_are_named(mixed, init_from, message):
+    with pytest.raises(ConfigError, match=message):
+        named_sources({**mixed, "fidelity_names": NAMED}, {0: "dft", 1: "new"}, init_from)
+
+
+def test_start_of_a_run_tells_it_all(config, mixed, new_data, mixed_energies):
+    """A known fidelity by name, a new one by measurement, and the table."""
+    dataset = new_data((1, as_they_are), (2, as_they_are), elements=[1, 6, 8, 17])
+    checkpoint = {**mixed, "fidelity_names": NAMED, "species": {f: [1, 6, 8] for f in range(3)}}
+    model = build(config, 2)
+    names = {0: "new", 1: "gfn2"}
+    lines = start_from_checkpoint(model, checkpoint, config, dataset, np.arange(len(dataset)), names, {})
+    assert lines[0].startswith("new starts from ccsd (closest by force RMSE on ")
+    assert lines[0].endswith(" eV/Å)")
+    assert lines[1] == "gfn2 starts from gfn2 (the same name)"
+    assert lines[2].split() == ["into", "origin", "weights", "event"]
+    assert any(re.fullmatch(r"afv, rows of new +afv, rows of ccsd +12,288 +loaded", line) for line in lines)
+    assert lines[-1] == "gfn2 learns elements that the checkpoint does not know: Cl (17)"
+    assert torch.equal(energies(model, 0, 200), mixed_energies[1])
+    assert torch.equal(energies(model, 1, 200), mixed_energies[2])
