@@ -13,7 +13,7 @@ from aimnet2mult.data.checks.findings import Place, locate
 from aimnet2mult.data.sgdataset import DatasetError
 from aimnet2mult.evaluation.models import INPUTS, Predictor
 from aimnet2mult.evaluation.properties import ENERGY_PER_ATOM, LABELS, PROPERTIES
-from aimnet2mult.evaluation.statistics import Outlier, PropertyErrors
+from aimnet2mult.evaluation.statistics import Molecules, Outlier, PropertyErrors
 
 READ_ATOMS = 200_000
 """Atoms that are read at a time."""
@@ -39,13 +39,15 @@ class WorstMolecule:
 
     @property
     def formula(self) -> str:
-        """Hill formula: carbon, hydrogen, then the others by name."""
+        """Hill formula (carbon, hydrogen, then the others by name), and the charge of an ion: ``H4N 1+``."""
         numbers = self.outlier.numbers
         symbols = [ELEMENT_SYMBOLS[z] for z in numbers]
         first = ["C", "H"] if "C" in symbols else []
         ordered = [*first, *sorted(set(symbols) - set(first))]
         counts = [(symbol, symbols.count(symbol)) for symbol in ordered]
-        return "".join(symbol + (str(n) if n > 1 else "") for symbol, n in counts if n)
+        formula = "".join(symbol + (str(n) if n > 1 else "") for symbol, n in counts if n)
+        charge = self.outlier.charge
+        return f"{formula} {abs(charge):g}{'+' if charge > 0 else '−'}" if charge else formula
 
     @property
     def atom(self) -> str:
@@ -159,8 +161,8 @@ def compare(
     ValueError
         Too many atoms for the memory of the device, or what the model itself refuses.
     """
-    molecules = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    chosen = choose_molecules(molecules, max_molecules, seed)
+    asked = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    chosen = choose_molecules(asked, max_molecules, seed)
     rng = np.random.default_rng(seed)
     errors = {key: PropertyErrors(PROPERTIES[key].atomic, rng) for key in PROPERTIES}
     labelled = [key for key in LABELS if key in source.keys and key in labels]
@@ -171,10 +173,11 @@ def compare(
             if present:
                 _check_inputs(source, rows, arrays)
                 predicted = _predicted(predictor, source, rows, arrays, present)
+                molecules = Molecules(rows, arrays["numbers"], arrays["charge"])
                 not_predicted.update(key for key in present if key not in predicted)
                 for key in present:
                     if key in predicted:
-                        _add(errors, key, rows, arrays, predicted, predictor)
+                        _add(errors, key, molecules, arrays[key], predicted[key], predictor)
             progress.update(len(rows))
     found = {key: sums for key, sums in errors.items() if sums.molecules}
     worst = {
@@ -182,7 +185,7 @@ def compare(
         for key, sums in found.items()
     }
     comparison = Comparison(
-        predictor.model, predictor.fidelity, predictor.name, data, len(chosen), len(molecules), found, worst
+        predictor.model, predictor.fidelity, predictor.name, data, len(chosen), len(asked), found, worst
     )
     comparison.notes = [*predictor.notes, *_notes(comparison, sorted(not_predicted), seed)]
     return comparison
@@ -237,18 +240,17 @@ def _predicted(
 def _add(
     errors: dict[str, PropertyErrors],
     key: str,
-    rows: np.ndarray,
-    arrays: dict[str, np.ndarray],
-    predicted: dict[str, np.ndarray],
+    molecules: Molecules,
+    label: np.ndarray,
+    predicted: np.ndarray,
     predictor: Predictor,
 ) -> None:
     """Add a property of some molecules; the energy relative to the self-atomic energies, and per atom, too."""
-    numbers, label = arrays["numbers"], arrays[key].astype(np.float64)
     if key == "energy":
-        label -= predictor.reference(numbers)
-        n_atoms = numbers.shape[1]
-        errors[ENERGY_PER_ATOM].add(rows, numbers, label / n_atoms, predicted[key] / n_atoms)
-    errors[key].add(rows, numbers, label, predicted[key])
+        label = label - predictor.reference(molecules.numbers)
+        n_atoms = molecules.numbers.shape[1]
+        errors[ENERGY_PER_ATOM].add(molecules, label / n_atoms, predicted / n_atoms)
+    errors[key].add(molecules, label, predicted)
 
 
 def _notes(comparison: Comparison, not_predicted: list[str], seed: int) -> list[str]:

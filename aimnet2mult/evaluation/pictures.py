@@ -103,8 +103,8 @@ def _histogram(axis: "Axes", key: str, errors: PropertyErrors, units: Units, col
     axis.set_xlabel(f"predicted − label, {units.name(key)}", fontsize=8)
     axis.set_ylabel("values", fontsize=8)
     beyond = len(error) - len(inside)
-    decimals = max(0, 2 - math.floor(math.log10(limit)))
-    mean = f"mean {error.mean():.{decimals}f}"
+    decimals = max(0, 3 - math.floor(math.log10(limit)))
+    mean = f"mean {round(float(error.mean()), decimals) + 0.0:.{decimals}f}"  # + 0.0 makes -0 a 0
     text = f"{mean}\n{beyond} of {len(error)} beyond" if beyond else mean
     axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=7)
 
@@ -112,7 +112,7 @@ def _histogram(axis: "Axes", key: str, errors: PropertyErrors, units: Units, col
 def curve_plots(panels: Sequence[Panel]) -> bytes:
     """Learning curves as PNG; a fidelity has one colour in all panels."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     n_columns = min(len(panels), CURVES_PER_ROW)
     n_rows = math.ceil(len(panels) / n_columns)
@@ -130,8 +130,9 @@ def curve_plots(panels: Sequence[Panel]) -> bytes:
         values = [value for points in panel.curves.values() for _, value in points]
         if values and 0 < LOG_RATIO * min(values) < max(values):
             axis.set_yscale("log")
-            for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
         axis.set_ylabel(panel.unit or "loss", fontsize=8)

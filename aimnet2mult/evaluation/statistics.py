@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -138,6 +139,28 @@ class Sample:
         return self._pairs[1]
 
 
+class Molecules(NamedTuple):
+    """Molecules of one size.
+
+    Attributes
+    ----------
+    indices
+        (k,) which molecules of the dataset.
+    numbers
+        (k, N) atomic numbers.
+    charge
+        (k,) total charges, e.
+    """
+
+    indices: np.ndarray
+    numbers: np.ndarray
+    charge: np.ndarray
+
+    def where(self, mask: np.ndarray) -> "Molecules":
+        """Those of a mask (k,)."""
+        return Molecules(self.indices[mask], self.numbers[mask], self.charge[mask])
+
+
 @dataclass(frozen=True)
 class Outlier:
     """A molecule with a large error, and the value that is furthest off.
@@ -150,6 +173,8 @@ class Outlier:
         The value; NaN or infinite where the prediction is no number.
     numbers : tuple of int
         Atomic numbers of the molecule.
+    charge : float
+        Its total charge, e.
     atom : int or None
         Which atom (from 0) the value belongs to; None for a property of the molecule.
     """
@@ -158,6 +183,7 @@ class Outlier:
     label: float
     predicted: float
     numbers: tuple[int, ...]
+    charge: float
     atom: int | None
 
     @property
@@ -179,17 +205,13 @@ class Worst:
         self.size = size
         self._heap: list[tuple[float, int, Outlier]] = []
 
-    def add(
-        self, indices: np.ndarray, numbers: np.ndarray, label: np.ndarray, predicted: np.ndarray, atomic: bool
-    ) -> None:
+    def add(self, molecules: Molecules, label: np.ndarray, predicted: np.ndarray, atomic: bool) -> None:
         """Add molecules of one size.
 
         Parameters
         ----------
-        indices : ndarray
-            (k,) which molecules.
-        numbers : ndarray
-            (k, N) atomic numbers.
+        molecules : Molecules
+            The molecules.
         label, predicted : ndarray
             (k, m) all values of each molecule, those of an atom one after the other.
         atomic : bool
@@ -204,9 +226,10 @@ class Worst:
         # Stable and from the largest error on, so that the order in which equal ones came decides.
         for i in candidates[np.argsort(-size[candidates], kind="stable")][: self.size].tolist():
             at = int(place[i])
-            atom = at // (label.shape[1] // numbers.shape[1]) if atomic else None
+            numbers = tuple(molecules.numbers[i].tolist())
+            atom = at // (label.shape[1] // len(numbers)) if atomic else None
             values = float(label[i, at]), float(predicted[i, at])
-            outlier = Outlier(int(indices[i]), *values, tuple(numbers[i].tolist()), atom)
+            outlier = Outlier(int(molecules.indices[i]), *values, numbers, float(molecules.charge[i]), atom)
             entry = (float(size[i]), -outlier.index, outlier)
             if len(self._heap) < self.size:
                 heapq.heappush(self._heap, entry)
@@ -252,15 +275,13 @@ class PropertyErrors:
         self.sample = Sample(SAMPLE_VALUES, rng)
         self.worst = Worst(WORST_MOLECULES)
 
-    def add(self, indices: np.ndarray, numbers: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> None:
+    def add(self, molecules: Molecules, label: np.ndarray, predicted: np.ndarray) -> None:
         """Add molecules of one size; those with NaN in their label lack it and are left out.
 
         Parameters
         ----------
-        indices : ndarray
-            (k,) which molecules of the dataset.
-        numbers : ndarray
-            (k, N) atomic numbers.
+        molecules : Molecules
+            The molecules.
         label, predicted : ndarray
             (k, ...) or, for an atomic property, (k, N, ...).
         """
@@ -268,17 +289,17 @@ class PropertyErrors:
         known = ~np.isnan(label).any(axis=1)
         if not known.any():
             return
-        indices, numbers, label = indices[known], numbers[known], label[known]
+        molecules, label = molecules.where(known), label[known]
         predicted = predicted.reshape(len(predicted), -1)[known].astype(np.float64)
         self.molecules += len(label)
-        self.worst.add(indices, numbers, label, predicted, self.atomic)
+        self.worst.add(molecules, label, predicted, self.atomic)
         finite = np.isfinite(predicted).all(axis=1)
         if not finite.all():
             self.not_finite += int(np.count_nonzero(~finite))
-            numbers, label, predicted = numbers[finite], label[finite], predicted[finite]
+            molecules, label, predicted = molecules.where(finite), label[finite], predicted[finite]
         if not len(label):
             return
-        errors = predicted - label
+        errors, numbers = predicted - label, molecules.numbers
         self.by_size[numbers.shape[1]].add(errors)
         _add_by(self.by_n_elements, count_elements(numbers), errors)
         if self.atomic:

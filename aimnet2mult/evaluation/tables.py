@@ -170,6 +170,7 @@ def _plain_molecule(molecule: WorstMolecule, factor: float) -> dict[str, Any]:
         "label": _finite(factor * outlier.label),
         "predicted": _finite(factor * outlier.predicted),
         "formula": molecule.formula,
+        "charge": outlier.charge,
         "atoms": len(outlier.numbers),
         "atom": outlier.atom,
         "index": outlier.index,
