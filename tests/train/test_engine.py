@@ -9,6 +9,7 @@ import ignite.distributed as idist
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from aimnet2mult.models.base import build_model, load_model_config
@@ -313,13 +314,34 @@ def good_only(rank: int, folder: str) -> None:
     torch.save([loss, state_of(model, optimizer, loss_fn)], f"{folder}/good{rank}.pt")
 
 
-def with_and_without_nan(rank: int, folder: str) -> None:
+def count_exchanges(rank: int, folder: str) -> None:
+    """Count how often gradients go from process to process, in steps of one batch and of three."""
+    model = make_model()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    sizes: list[int] = []
+
+    def exchange(state, bucket):
+        sizes.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    parallel.register_comm_hook(None, exchange)
+    step = make_step(parallel, adam(model), MTLoss(COMPONENTS), "cpu")
+    counts = []
+    for n_batches in (1, 1, 3):
+        step([batch(seed, forces=(True, seed == rank)) for seed in range(n_batches)])
+        counts.append(sum(sizes))
+        sizes.clear()
+    torch.save(counts, f"{folder}/exchanges{rank}.pt")
+
+
+def several_processes(rank: int, folder: str) -> None:
     nan_on_one(rank, folder)
     good_only(rank, folder)
+    count_exchanges(rank, folder)
 
 
-def test_processes_agree_to_leave_a_step_out(tmp_path):
-    idist.spawn("gloo", with_and_without_nan, args=(str(tmp_path),), nproc_per_node=2)
+def test_processes_agree_to_leave_a_step_out_and_exchange_gradients_once(tmp_path):
+    idist.spawn("gloo", several_processes, args=(str(tmp_path),), nproc_per_node=2)
     (first, one), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
     # A NaN that has a gradient reaches all through it; one that has none is known to its process alone.
@@ -328,6 +350,8 @@ def test_processes_agree_to_leave_a_step_out(tmp_path):
     loss, state = torch.load(tmp_path / "good0.pt")
     assert first[-1] == loss
     assert_same_state(one, state)
+    n_weights = sum(p.numel() for p in make_model().parameters() if p.requires_grad)
+    assert torch.load(tmp_path / "exchanges0.pt") == [n_weights] * 3
 
 
 # --- precision ----------------------------------------------------------------------------------
