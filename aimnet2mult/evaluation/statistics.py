@@ -203,7 +203,8 @@ class Worst:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._heap: list[tuple[float, int, Outlier]] = []
+        self._heap: list[tuple[float, int, Outlier]] = []  # error, minus the number of candidates before
+        self._candidates = 0
 
     def add(self, molecules: Molecules, label: np.ndarray, predicted: np.ndarray, atomic: bool) -> None:
         """Add molecules of one size.
@@ -230,7 +231,8 @@ class Worst:
             atom = at // (label.shape[1] // len(numbers)) if atomic else None
             values = float(label[i, at]), float(predicted[i, at])
             outlier = Outlier(int(molecules.indices[i]), *values, numbers, float(molecules.charge[i]), atom)
-            entry = (float(size[i]), -outlier.index, outlier)
+            entry = (float(size[i]), -self._candidates, outlier)
+            self._candidates += 1
             if len(self._heap) < self.size:
                 heapq.heappush(self._heap, entry)
             elif entry[:2] > self._heap[0][:2]:

@@ -1,3 +1,5 @@
+"""The command line: models and datasets in the forms that the README gives, and what users get wrong."""
+
 import json
 
 import numpy as np
@@ -6,27 +8,57 @@ import torch
 from click.testing import CliRunner
 
 from aimnet2mult.data.sgdataset import SizeGroupedDataset, write_dataset
+from aimnet2mult.models.base import load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
-from aimnet2mult.tools.evaluate import compare, main
+from aimnet2mult.tools.evaluate import Request, main, requests_in_order, split_data
 
 ELEMENTS = (1, 6, 7, 8, 9, 17)
+SAE = {z: -1000.0 * z for z in ELEMENTS}
 
 
-@pytest.fixture
-def dataset(tmp_path, fixtures_dir):
-    """Real molecules of the elements that the compiled model knows."""
+def evaluate(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def errors_of(folder):
+    """Comparisons of a report, by fidelity and name of the data."""
+    content = json.loads((folder / "errors.json").read_text())
+    return {(c["fidelity"], c["data"]): c["errors"] for c in content["comparisons"]}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, fixtures_dir):
+    """Real molecules of the elements that the models know."""
     source = SizeGroupedDataset(fixtures_dir / "tiny_fid0.h5")
     groups = {}
     for _, arrays in source.read(np.arange(len(source)), sorted(source.keys)):
         known = np.isin(arrays["numbers"], ELEMENTS).all(1)
         if known.any():
             groups[arrays["numbers"].shape[1]] = {key: value[known] for key, value in arrays.items()}
-    path = tmp_path / "test.h5"
+    path = tmp_path_factory.mktemp("data") / "test.h5"
     write_dataset(path, groups)
     return path, groups
 
 
-def test_errors_against_plain_numpy(compiled, dataset):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, reference_model, fixtures_dir):
+    """A checkpoint of the three fidelities dft, gfn2 and gfn1."""
+    model = reference_model("ref_mixed", torch.float32)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save_checkpoint(
+        path,
+        model,
+        model_config=load_model_config(fixtures_dir / "ref_mixed_model.yaml"),
+        num_fidelities=model.num_fidelities,
+        fidelity_offset=model.fidelity_offset,
+        use_fidelity_readouts=model.use_fidelity_readouts,
+        fidelity_names={0: "dft", 1: "gfn2", 2: "gfn1"},
+        sae=dict.fromkeys(range(3), SAE),
+    )
+    return path
+
+
+def test_compiled_model_against_plain_numpy(compiled, dataset, tmp_path):
     path, groups = dataset
     model = load_jit_model(compiled)
     energy, forces = [], []
@@ -34,22 +66,15 @@ def test_errors_against_plain_numpy(compiled, dataset):
         out = model({key: torch.as_tensor(arrays[key]) for key in ("coord", "numbers", "charge", "mult")})
         energy.append(out["energy"].numpy() - arrays["energy"])
         forces.append((out["forces"].double().numpy() - arrays["forces"]).ravel())
-    errors = compare(compiled, path).errors()
     energy, forces = np.concatenate(energy), np.concatenate(forces)
+    result = evaluate("--model", compiled, "--data", path, "--output", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    ((key, errors),) = errors_of(tmp_path / "report").items()
+    assert key == (1, "test.h5")
     assert errors["energy"]["mae"] == pytest.approx(np.abs(energy).mean(), rel=1e-6)
     assert errors["energy"]["count"] == len(energy)
     assert errors["forces"]["rmse"] == pytest.approx(np.sqrt((forces**2).mean()), rel=1e-4)
     assert set(errors) == {"energy", "energy_per_atom", "forces", "charges", "spin_charges"}
-
-
-def test_labels_that_are_nan_are_left_out(compiled, dataset, tmp_path):
-    path, groups = dataset
-    n_atoms = next(iter(groups))
-    groups[n_atoms]["forces"][0] = np.nan
-    path = tmp_path / "nan.h5"
-    write_dataset(path, groups)
-    before = compare(compiled, dataset[0]).errors()["forces"]["count"]
-    assert compare(compiled, path).errors()["forces"]["count"] == before - 3 * n_atoms
 
 
 def test_report(compiled, dataset, tmp_path):
@@ -58,30 +83,122 @@ def test_report(compiled, dataset, tmp_path):
     history.write_text(
         '{"iteration": 0, "val/E_mae": 2.0, "val/fid0/E_mae": 2.5}\n{"iteration": 5, "val/E_mae": 1.0}\n'
     )
-    args = ["--model", compiled, "--data", dataset[0], "--output", tmp_path / "report", "--history", history]
-    result = CliRunner().invoke(main, [str(a) for a in args])
+    arguments = ["--model", compiled, "--data", dataset[0]] * 2
+    result = evaluate(*arguments, "--output", tmp_path / "report", "--history", history)
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    assert written == {"errors.json", "errors.md", "parity.png", "learning_curves.png"}
-    content = json.loads((tmp_path / "report" / "errors.json").read_text())
-    assert content[0]["errors"]["energy"]["mae"] > 0
-    assert (tmp_path / "report" / "errors.md").read_text() in result.output
+    pictures = {"parity.png", "error_histograms.png", "learning_curves.png"}
+    assert written == {"errors.json", "errors.csv", "errors.md", "index.html"} | pictures
+    assert result.output.endswith(f"{tmp_path / 'report' / 'index.html'}\n")
+    table = next(line for line in result.output.splitlines() if "| forces |" in line)
+    assert table in (tmp_path / "report" / "errors.md").read_text()
+    assert "adds D3(BJ) of b3lyp" in result.output
+    # A second report takes the place of the first one.
+    result = evaluate("--model", compiled, "--data", dataset[0], "--output", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "report").iterdir()} == written - {"learning_curves.png"}
 
 
-def test_mistakes(compiled, dataset, tmp_path, fixtures_dir):
-    out = ["--output", str(tmp_path / "report")]
+def test_fidelities_of_a_checkpoint_by_name_and_number(checkpoint, dataset, tmp_path):
+    path, _ = dataset
+    data = ["--data", f"dft={path}", "--data", f"1={path}", "--data", path, "--fidelity", "gfn1"]
+    result = evaluate("--model", checkpoint, *data, "--output", tmp_path, "--unit", "meV", "--max-molecules", 10)
+    assert result.exit_code == 0, result.output
+    found = errors_of(tmp_path)
+    assert [fidelity for fidelity, _ in found] == [0, 1, 2]
+    assert len({errors["energy"]["mae"] for errors in found.values()}) == 3
+    assert {errors["energy"]["count"] for errors in found.values()} == {10}
+    assert {errors["forces"]["unit"] for errors in found.values()} == {"meV/Å"}
+    assert "of the" in result.output
+
+
+def test_several_datasets_and_files_of_one_name(compiled, dataset, tmp_path):
+    path, groups = dataset
+    (tmp_path / "a").mkdir()
+    write_dataset(tmp_path / "a" / "test.h5", groups)
+    pattern = tmp_path / "a" / "*.h5"
+    result = evaluate(
+        *("--model", compiled, "--data", path, "--data", tmp_path / "a" / "test.h5", "--data", pattern),
+        *("--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    found = errors_of(tmp_path / "out")
+    assert [data for _, data in found] == [str(path), str(tmp_path / "a" / "test.h5"), str(pattern)]
+    assert len({errors["energy"]["mae"] for errors in found.values()}) == 1
+
+
+def test_each_dataset_belongs_to_the_model_before_it():
+    order = ["model", "data", "data", "model", "data"]
+    found = requests_in_order(order, ["a.pt", "b.jpt"], ["x", "y", "z"])
+    assert [(str(request.model), request.data) for request in found] == [("a.pt", ("x", "y")), ("b.jpt", ("z",))]
+    (only,) = requests_in_order(["data", "model", "data"], ["a.pt"], ["x", "y"])
+    assert only.data == ("x", "y")
+    with pytest.raises(ValueError, match=r"--data x: stands before the first --model"):
+        requests_in_order(["data", "model", "model", "data"], ["a", "b"], ["x", "y"])
+
+
+def test_a_folder_needs_no_data(tmp_path):
+    (request,) = requests_in_order(["model"], [str(tmp_path)], [])
+    assert request == Request(tmp_path, ())
+
+
+def test_names_of_files_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_data("dft=a=b.h5") == ("dft", "a=b.h5")
+    assert split_data("runs/lr=3/test.h5") == (None, "runs/lr=3/test.h5")
+    (tmp_path / "a=b.h5").touch()
+    assert split_data("a=b.h5") == (None, "a=b.h5")
+
+
+def test_mistakes(compiled, checkpoint, dataset, tmp_path, fixtures_dir):
+    path, groups = dataset
+    bare = tmp_path / "bare.pt"
+    torch.save({"model": torch.load(checkpoint, weights_only=True)["model"]}, bare)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "foreign.jpt")
+    wordless = {n: {**arrays, "energy": arrays["energy"] * np.nan} for n, arrays in groups.items()}
+    write_dataset(
+        tmp_path / "unlabelled.h5",
+        {n: {k: v for k, v in a.items() if k in ("coord", "numbers", "charge", "energy")} for n, a in wordless.items()},
+    )
+    write_dataset(tmp_path / "unit.h5", groups)
+    import h5py
+
+    with h5py.File(tmp_path / "unit.h5", "a") as file:
+        file.attrs["energy_unit"] = "furlong"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     cases = [
-        (["--model", str(compiled), "--data", str(tmp_path / "no.h5")], "no.h5"),
-        (["--model", str(tmp_path / "no.jpt"), "--data", str(dataset[0])], "no.jpt: no such file"),
+        (["--model", compiled, "--data", tmp_path / "no.h5"], "no.h5: no such file"),
+        (["--model", tmp_path / "no.jpt", "--data", path], "no.jpt: no such file"),
+        (["--model", tmp_path / "no.pt", "--data", path], "no.pt: no such file"),
+        (["--model", compiled, "--model", compiled, "--data", path], "no --data follows it"),
+        (["--model", checkpoint], "no --data follows it"),
+        (["--model", compiled, "--data", fixtures_dir / "tiny_fid1.h5"], "not among the elements"),
+        (["--model", compiled, "--data", path, "--history", path], "not a metrics.jsonl"),
+        (["--model", compiled, "--data", path, "--history", tmp_path / "metrics.jsonl"], "holds no validation errors"),
+        (["--model", path, "--data", path], "not a checkpoint that can be loaded safely"),
+        (["--model", tmp_path / "foreign.jpt", "--data", path], "not a model of tools.compile_jit"),
+        (["--model", bare, "--data", path], "not the model's configuration and self-atomic energies. Compile it"),
+        (["--model", checkpoint, "--data", path], "say which one a dataset belongs to"),
         (
-            ["--model", str(compiled), "--model", str(compiled), "--data", str(dataset[0])],
-            "2 times --model and 1 times",
+            ["--model", checkpoint, "--data", f"dtf={path}"],
+            "no fidelity 'dtf' (it has 0 (dft), 1 (gfn2), 2 (gfn1)); did you mean dft?",
         ),
-        (["--model", str(compiled), "--data", str(fixtures_dir / "tiny_fid1.h5")], "not among"),
-        (["--model", str(compiled), "--data", str(dataset[0]), "--history", str(dataset[0])], "not a metrics.jsonl"),
+        (["--model", checkpoint, "--data", f"3={path}"], "no fidelity '3'"),
+        (["--model", compiled, "--data", f"0={path}"], "no fidelity '0'"),
+        (["--model", compiled, "--data", tmp_path / "unlabelled.h5"], "no molecule has a label"),
+        (["--model", compiled, "--data", tmp_path / "unit.h5"], "'furlong' is not a unit of energy"),
+        (["--model", compiled, "--data", path, "--unit", "kcal"], "did you mean kcal/mol"),
+        (["--model", compiled, "--data", path, "--device", "gpu"], "--device gpu: cannot be used"),
+        (["--model", compiled, "--data", path, "--max-molecules", 0], "--max-molecules"),
+        (["--model", tmp_path / "empty"], "no checkpoint of a training run"),
     ]
-    for args, message in cases:
-        result = CliRunner().invoke(main, args + out)
-        assert result.exit_code == 2, result.output
-        assert message in result.output
+    for arguments, message in cases:
+        result = evaluate(*arguments, "--output", tmp_path / "report")
+        assert result.exit_code == 2, (arguments, result.output, result.exception)
+        assert message in result.output.replace("\n", " "), (arguments, result.output)
         assert not (tmp_path / "report").exists()
+    result = evaluate("--model", compiled, "--data", path, "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "is a file; the name of a folder is expected" in result.output
