@@ -46,14 +46,14 @@ WATCHED = ("gradients", "parameters", "all")
 REACH_TIMEOUT = 5.0
 """Seconds until a server of Weights & Biases that does not answer is given up, and the run is logged offline."""
 
-INIT_TIMEOUT = 30.0
+INIT_TIMEOUT = 20.0
 """Seconds until a server that answers but does not start the run is given up."""
 
-FINISH_TIMEOUT = 20.0
+FINISH_TIMEOUT = 10.0
 """Seconds that W&B may take at the end for what is not uploaded yet."""
 
-CLOSE_TIMEOUT = 30.0
-"""Seconds that the end of a run waits for a logger; longer than FINISH_TIMEOUT."""
+CLOSE_TIMEOUT = INIT_TIMEOUT + FINISH_TIMEOUT
+"""Seconds that the end of a run waits for a logger, which may have to start yet."""
 
 HISTOGRAM_BINS = 64
 """Bins of the histograms of weights and gradients."""
@@ -246,6 +246,7 @@ class Logger:
         self._finishing = False
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._run, name=f"logger-{sink.name}", daemon=True)
+        atexit.register(self._exit)
         self._thread.start()
 
     def put(self, numbers: Mapping[str, Any], iteration: int) -> None:
@@ -269,7 +270,8 @@ class Logger:
     def _run(self) -> None:
         try:
             self._sink.open()
-            # What was registered last is called first: before wandb ends its own process.
+            # What is registered last is called first: now before wandb ends its own process.
+            atexit.unregister(self._exit)
             atexit.register(self._exit)
             self._consume()
         except Exception as error:
@@ -385,16 +387,17 @@ class WandbSink:
             self._go_offline(reason)
         try:
             self._run = wandb.init(mode=self._mode, settings=settings, **self._arguments)
-        except wandb.Error as error:
+        except (wandb.Error, OSError) as error:
             if self._mode == "offline":
                 raise
             self._go_offline(_one_line(error))
+            wandb.teardown()  # which holds the id of the run that did not start
             self._run = wandb.init(mode="offline", settings=settings, **self._arguments)
         self.place = str(Path(self._run.dir).parent)
         if self._mode == "online":
             logger.info("wandb: %s", self._run.url)
         else:
-            logger.info("wandb: offline run in %s; `wandb sync` with that folder uploads it", self.place)
+            logger.info("wandb: offline run in %s; `wandb sync` with this folder uploads it", self.place)
 
     def _go_offline(self, reason: str) -> None:
         logger.warning("wandb: %s; the run is logged offline", reason)
@@ -418,8 +421,11 @@ class WandbSink:
         """Nothing to do: wandb's process writes once a second."""
 
     def close(self, exit_code: int) -> None:
-        """Finish the run."""
-        self._run.finish(exit_code=exit_code)
+        """Finish the run; what is not uploaded in FINISH_TIMEOUT stays in its folder."""
+        try:
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            logger.warning("wandb: not all is uploaded; `wandb sync %s` does it later", self.place)
 
 
 def _wandb_settings() -> Any:
@@ -432,6 +438,7 @@ def _wandb_settings() -> Any:
         "login_timeout": 1.0,
         "init_timeout": INIT_TIMEOUT,
         "finish_timeout": FINISH_TIMEOUT,
+        "finish_timeout_raises": True,
         "x_transaction_log_flush_interval": 1.0,
     }
     known = wandb.Settings()

@@ -213,6 +213,7 @@ class Progress:
         """Say that a step of epoch ``epoch`` (from 1) is done, the run's step number ``iteration`` (from 1)."""
         if self._bar is not None:
             self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+            self._bar.total = max(self._iterations, iteration)
             self._bar.update(iteration - self._bar.n)
 
     def report(self, epoch: int, iteration: int, numbers: Mapping[str, float], skipped: int = 0) -> None:
