@@ -494,6 +494,7 @@ LEFT_OUT = {
     "training": "the state of its training (optimiser, schedule, ...), which fits the old weights only",
     "train_config": "the settings of its training, which speak of the old fidelities",
     "progress": "where in its training it was written",
+    "data": "the record of the data that it was trained on",
 }
 """Entries that it does not have, in words."""
 

@@ -656,7 +656,7 @@ class _Transfer:
         return given.to(value)
 
     def _compare_setting(self, key: str, source: str, given: Tensor, value: Tensor) -> None:
-        event = "the same in the model file"
+        event = "as in the model file"
         if not torch.allclose(given.to(value), value, rtol=1e-4, atol=1e-6):
             if key.startswith("aev."):
                 self.problems.append(f"{key} is {_numbers(given)} in the checkpoint and {_numbers(value)} in the model")

@@ -83,8 +83,9 @@ def build_optimizer(config: "OptimizerConfig", model: nn.Module, names: Mapping[
     optimizer = _make_optimizer(config, [group for group in groups if group["params"]])
     for name, blocks in rows.items():
         _fix_rows(weights[name], blocks, optimizer)
-    for line in _summary(optimizer, weights, fixed, rows):
-        logger.info("%s", line)
+    if _some_predictions_are_fixed(weights):
+        _keep_graph(model, min(optimizer.param_groups[0]["params"], key=Tensor.numel))
+    logger.info("what is trained, and what is kept fixed\n%s", "\n".join(_summary(optimizer, weights, fixed, rows)))
     return optimizer
 
 
@@ -212,6 +213,28 @@ def _fix_rows(table: nn.Parameter, blocks: Sequence[slice], optimizer: Optimizer
     optimizer.register_step_post_hook(put_back)
 
 
+def _some_predictions_are_fixed(weights: Mapping[str, nn.Parameter]) -> bool:
+    """Tell whether there is a fidelity whose predictions depend on no weight that is trained."""
+    own = {name: int(match[1]) for name in weights if (match := HEAD_KEY.fullmatch(name))}
+    learning = [name for name, weight in weights.items() if weight.requires_grad]
+    return all(name in own for name in learning) and {own[name] for name in learning} != set(own.values())
+
+
+def _keep_graph(model: nn.Module, weight: nn.Parameter) -> None:
+    """Let the energies, and through them the forces, of all molecules depend on a trained weight, with the factor 0.
+
+    A batch of nothing but frozen fidelities has no graph otherwise: one process would fail in going backward, and one
+    of several would leave the others waiting for its gradient.
+    """
+
+    def add_nothing(module: nn.Module, inputs: tuple[dict[str, Tensor], ...], out: dict[str, Tensor]) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        return {**out, "energy": out["energy"] + 0.0 * weight.sum() * inputs[0]["coord"].sum()}
+
+    model.register_forward_hook(add_nothing)
+
+
 def _summary(
     optimizer: Optimizer,
     weights: Mapping[str, nn.Parameter],
@@ -230,4 +253,4 @@ def _summary(
             lines.append((f"fixed by {why}", "-", len(mine), sum(weight.numel() for weight in mine)))
     for name in rows:
         lines.append((f"fixed by {BY_FIDELITY}: rows of {name}", "-", "-", fixed_numbers[id(weights[name])]))
-    return text_table(("optimizer", "learning rate", "tensors", "weights"), lines)
+    return text_table(("", "learning rate", "tensors", "weights"), lines)

@@ -304,7 +304,7 @@ def test_other_cutoff_of_a_readout_is_kept_and_said(config, single):
 def test_a_checkpoint_that_fits_is_loaded_as_it_is(config, single):
     model = build(config, 1)
     rows = transfer_weights(model, single)
-    assert {row.event for row in rows} == {"loaded", "the same in the model file"}
+    assert {row.event for row in rows} == {"loaded", "as in the model file"}
     assert all(row.into == row.origin for row in rows)
     padding = 96 + 1  # row 0 of the two tables
     assert sum(row.weights for row in rows) == sum(value.numel() for value in single["model"].values()) - padding
