@@ -1,6 +1,6 @@
 """A model beside a dataset: every molecule is predicted, and the errors are summed up."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,6 +95,16 @@ class Comparison:
     def title(self) -> str:
         """What to call the fidelity: its name, or its number."""
         return self.name or f"fidelity {self.fidelity}"
+
+
+def headings(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return what to call each comparison where the others stand beside it: its fidelity, and what else differs."""
+    several_models = len({c.model for c in comparisons}) > 1
+    several_data = len({(c.model, c.title) for c in comparisons}) < len(comparisons)
+    return [
+        ", ".join([c.title, *([c.model] if several_models else []), *([c.data] if several_data else [])])
+        for c in comparisons
+    ]
 
 
 def check_elements(predictor: Predictor, source: MoleculeSource) -> None:

@@ -6,7 +6,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from aimnet2mult.evaluation.compare import Comparison
+from aimnet2mult.evaluation.compare import Comparison, headings
 from aimnet2mult.evaluation.properties import PROPERTIES, Units
 from aimnet2mult.evaluation.statistics import SAMPLE_VALUES
 from aimnet2mult.evaluation.tables import BREAKDOWNS, OVERALL, Breakdown, Row, all_notes, number, rows, worst_cells
@@ -158,7 +158,7 @@ def _summary(comparisons: Sequence[Comparison], units: Units) -> str:
 def _breakdown(comparisons: Sequence[Comparison], breakdown: Breakdown, units: Units) -> str:
     """A table for each comparison; the bars show the MAE relative to the largest one of the property."""
     parts = []
-    for comparison in comparisons:
+    for comparison, heading in zip(comparisons, headings(comparisons), strict=True):
         bodies = []
         for _, group in groupby(rows(comparison, breakdown, units), key=lambda row: row.key):
             listed = list(group)
@@ -173,19 +173,18 @@ def _breakdown(comparisons: Sequence[Comparison], breakdown: Breakdown, units: U
             bodies.append(lines)
         if bodies:
             columns = ["property, unit", breakdown.column, "MAE, relative", "MAE", "RMSE", "largest", "values"]
-            parts.append(_folded(comparison, _table(columns, 3, bodies), opened=True))
+            parts.append(_folded(heading, _table(columns, 3, bodies), opened=True))
     return "\n".join(parts)
 
 
-def _folded(comparison: Comparison, content: str, opened: bool) -> str:
-    title = f"{escape(comparison.title)}, {escape(comparison.data)}"
-    return f"<details{' open' if opened else ''}><summary>{title}</summary>\n{content}</details>\n"
+def _folded(heading: str, content: str, opened: bool) -> str:
+    return f"<details{' open' if opened else ''}><summary>{escape(heading)}</summary>\n{content}</details>\n"
 
 
 def _worst(comparisons: Sequence[Comparison], units: Units) -> str:
     head = ["#", "molecule", "atom", "group", "row", "file", "error", "label", "predicted"]
     parts = []
-    for comparison in comparisons:
+    for comparison, heading in zip(comparisons, headings(comparisons), strict=True):
         tables = []
         for key, molecules in comparison.worst.items():
             lines = []
@@ -198,5 +197,5 @@ def _worst(comparisons: Sequence[Comparison], units: Units) -> str:
             name = f"{PROPERTIES[key].axis}, {units.name(key)}"
             tables.append(f"<h3>{escape(name)}</h3>\n{_table(head, 6, [lines])}")
         if tables:
-            parts.append(_folded(comparison, "".join(tables), opened=False))
+            parts.append(_folded(heading, "".join(tables), opened=False))
     return "\n".join(parts)

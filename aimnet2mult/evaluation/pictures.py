@@ -3,12 +3,13 @@
 import importlib.util
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aimnet2mult.evaluation.compare import Comparison
+from aimnet2mult.evaluation.compare import Comparison, headings
 from aimnet2mult.evaluation.history import ALL, Panel
 from aimnet2mult.evaluation.properties import ENERGY_PER_ATOM, PROPERTIES, Units
 from aimnet2mult.evaluation.statistics import PropertyErrors
@@ -25,6 +26,9 @@ HISTOGRAM_BINS = 61
 
 SHOWN_SHARE = 0.995
 """Share of the errors within the range of a histogram; the rest is counted in its title."""
+
+TITLE_WIDTH = 36
+"""Characters in a line above a picture."""
 
 CURVES_PER_ROW = 3
 
@@ -64,18 +68,21 @@ def _grid(
     columns = [key for key in keys if any(key in c.errors for c in comparisons)]
     figure = Figure(figsize=(3.1 * len(columns), 2.9 * len(comparisons)), layout="constrained")
     axes = figure.subplots(len(comparisons), len(columns), squeeze=False)
-    several_data = len({(c.model, c.fidelity) for c in comparisons}) < len(comparisons)
-    for i, (row, comparison) in enumerate(zip(axes, comparisons, strict=True)):
-        title = f"{comparison.title}, {comparison.data}" if several_data else comparison.title
+    for i, (row, comparison, title) in enumerate(zip(axes, comparisons, headings(comparisons), strict=True)):
         for axis, key in zip(row, columns, strict=True):
             if key in comparison.errors and comparison.errors[key].sample.seen:
-                axis.set_title(f"{title}: {PROPERTIES[key].title}", fontsize=9)
+                axis.set_title(f"{_wrapped(title)}: {PROPERTIES[key].title}", fontsize=9)
                 axis.tick_params(labelsize=7)
                 draw(axis, key, comparison.errors[key], units, f"C{i % 10}")
             else:
                 axis.axis("off")
-                axis.text(0.5, 0.5, f"{title}:\nno {PROPERTIES[key].title}", ha="center", va="center", fontsize=8)
+                text = f"{_wrapped(title)}:\nno {PROPERTIES[key].title}"
+                axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
     return _png(figure)
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title.replace("$", r"\$"), TITLE_WIDTH)  # a dollar sign would begin a formula
 
 
 def _parity(axis: "Axes", key: str, errors: PropertyErrors, units: Units, color: str) -> None:

@@ -1,4 +1,4 @@
-"""What a training run left in its folder, as far as an evaluation needs it: the best checkpoint, validation molecules.
+"""What a training run left in its folder, as far as an evaluation needs it: the model, the validation molecules.
 
 The names of the files are those that `aimnet2mult.train` gives them.
 """
@@ -16,8 +16,11 @@ from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.data.splits import load_split
 
-BEST = re.compile(r"[^.].*_epoch_\d{4,}_iter_(?P<iteration>\d{7,})(_.+_(?P<score>[-+\d.e]+))?\.pt", re.DOTALL)
-LAST = re.compile(r"[^.].*_last_iter_(?P<iteration>\d{9,})\.pt", re.DOTALL)
+MODEL = "model.pt"
+"""The model that a run saves at its end, unless it was told to save it elsewhere."""
+
+BEST = re.compile(r"(?!\.).*_epoch_\d{4,}_iter_(?P<iteration>\d{7,})(_.+_(?P<score>[-+\d.e]+))?\.pt", re.DOTALL)
+LAST = re.compile(r"(?!\.).*_last_iter_(?P<iteration>\d{9,})\.pt", re.DOTALL)
 """Names of the best checkpoints, with the score by which they were chosen (low is good), and of the newest ones."""
 
 HISTORY = "metrics.jsonl"
@@ -41,14 +44,16 @@ class Validation(NamedTuple):
     indices: np.ndarray
 
 
-def best_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint with the best score; without scores the newest one.
+def checkpoint_of_run(folder: Path) -> Path:
+    """Return the model that the run saved, else the checkpoint with the best score, without scores the newest one.
 
     Raises
     ------
     FileNotFoundError
         No checkpoint in the folder.
     """
+    if (folder / MODEL).is_file():
+        return folder / MODEL
     ranked: list[tuple[float, int, Path]] = []
     for path in folder.glob("*.pt"):
         match = BEST.fullmatch(path.name)

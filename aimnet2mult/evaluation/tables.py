@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from aimnet2mult.constants import ELEMENT_SYMBOLS
-from aimnet2mult.evaluation.compare import Comparison, WorstMolecule
+from aimnet2mult.evaluation.compare import Comparison, WorstMolecule, headings
 from aimnet2mult.evaluation.properties import PROPERTIES, Units
 from aimnet2mult.evaluation.statistics import PropertyErrors, Sums, size_ranges
 
@@ -224,12 +224,12 @@ def markdown_text(comparisons: Sequence[Comparison], units: Units) -> str:
     parts = ["# Errors of models", markdown_summary(comparisons, units)]
     for breakdown in BREAKDOWNS:
         body = [
-            [c.title, c.data, row.title, row.unit, row.part, *_cells(row)]
-            for c in comparisons
+            [heading, row.title, row.unit, row.part, *_cells(row)]
+            for c, heading in zip(comparisons, headings(comparisons), strict=True)
             for row in rows(c, breakdown, units)
         ]
         if body:
-            head = ["fidelity", "data", "property", "unit", breakdown.column, "MAE", "RMSE", "largest", "values"]
+            head = ["fidelity", "property", "unit", breakdown.column, "MAE", "RMSE", "largest", "values"]
             parts += [f"## {breakdown.title}", "\n".join(_markdown_table(head, body)) + "\n"]
     parts += ["## Worst molecules", "\n".join(_worst_lines(comparisons, units)) + "\n"]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -238,10 +238,10 @@ def markdown_text(comparisons: Sequence[Comparison], units: Units) -> str:
 def _worst_lines(comparisons: Sequence[Comparison], units: Units) -> list[str]:
     head = ["fidelity", "property", "unit", "error", "label", "predicted", "molecule", "atom", "file", "group", "row"]
     body = []
-    for c in comparisons:
+    for c, heading in zip(comparisons, headings(comparisons), strict=True):
         for key, molecules in c.worst.items():
             for molecule in molecules[:SHOWN_WORST]:
-                cells = [c.title, PROPERTIES[key].title, units.name(key), *worst_cells(molecule, units.factor(key))]
+                cells = [heading, PROPERTIES[key].title, units.name(key), *worst_cells(molecule, units.factor(key))]
                 body.append(cells)
     return _markdown_table(head, body)
 

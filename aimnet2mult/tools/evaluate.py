@@ -238,11 +238,11 @@ def _tasks(
     """What is to be computed for a request: files opened, fidelities found."""
     from aimnet2mult.data.sgdataset import open_dataset
     from aimnet2mult.evaluation.models import open_model
-    from aimnet2mult.evaluation.run_folder import best_checkpoint, validation_molecules
+    from aimnet2mult.evaluation.run_folder import checkpoint_of_run, validation_molecules
 
     path = request.model
     if path.is_dir():
-        path = best_checkpoint(path)
+        path = checkpoint_of_run(path)
         logger.info("%s: evaluating %s", request.model, path.name)
     model = open_model(path, device, model_names[str(request.model)])
     predictors: dict[int, Predictor] = {}
@@ -284,8 +284,8 @@ class InOrder(click.Command):
     required=True,
     multiple=True,
     type=click.Path(),
-    help="Checkpoint (.pt), compiled model (.jpt), or folder of a run, of which the best checkpoint is taken. May be "
-    "given several times.",
+    help="Checkpoint (.pt), compiled model (.jpt), or folder of a run, of which its model.pt or its best checkpoint "
+    "is taken. May be given several times.",
 )
 @click.option(
     "--data",

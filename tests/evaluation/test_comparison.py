@@ -1,5 +1,8 @@
 """Models beside datasets: the errors are those of a few lines of numpy, whatever kind of file the model is."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -100,9 +103,14 @@ def test_dispersion_from_the_command_line_of_compile_jit_is_pointed_out(save_mod
     assert "m_fid1.jpt adds D3(BJ) of b3lyp" in note
 
 
-def test_report_of_a_training_has_the_errors_of_the_checkpoint(network, training_data, expected, tmp_path):
-    import json
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Pictures take most of the time of a report."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
+
+@pytest.mark.usefixtures("without_pictures")
+def test_report_of_a_training_has_the_errors_of_the_checkpoint(network, training_data, expected, tmp_path):
     network.train()
     before = torch.get_rng_state()
     page = training_report(tmp_path, network, training_data, np.arange(len(training_data)), names=NAMES)
@@ -120,9 +128,8 @@ def test_report_of_a_training_has_the_errors_of_the_checkpoint(network, training
     assert [c["fidelity_name"] for c in content["comparisons"]] == list(NAMES.values())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_report_of_a_training_takes_a_stated_number_of_the_molecules_asked_for(network, training_data, tmp_path):
-    import json
-
     indices = np.arange(0, len(training_data), 2)
     training_report(tmp_path, network, training_data, indices, names=NAMES, max_molecules=5, unit="kcal/mol")
     content = json.loads((tmp_path / "report" / "errors.json").read_text())

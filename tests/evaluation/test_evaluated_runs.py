@@ -9,7 +9,7 @@ import pytest
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.data.splits import save_split, split_indices
-from aimnet2mult.evaluation.run_folder import best_checkpoint, validation_molecules
+from aimnet2mult.evaluation.run_folder import checkpoint_of_run, validation_molecules
 
 NAMES = {0: "dft", 1: "gfn2", 2: "gfn1"}
 
@@ -30,19 +30,25 @@ NAMES = {0: "dft", 1: "gfn2", 2: "gfn1"}
         ),
         (["r_epoch_0001_iter_0000001_dft_E_mae_-1.5e-03.pt", "r_epoch_0001_iter_0000002_dft_E_mae_0.1.pt"], 0),
         (["r_epoch_0001_iter_0000100.pt", "r_epoch_0002_iter_0000200.pt", "r_last_iter_000000150.pt"], 1),
-        (["r_last_iter_000000150.pt", "r_last_iter_000000250.pt"], 1),
+        (["r_last_iter_000000150.pt", "_last_iter_000000250.pt"], 1),
     ],
 )
-def test_best_checkpoint(tmp_path, names, best):
+def test_checkpoint_of_run(tmp_path, names, best):
     for name in names:
         (tmp_path / name).touch()
-    assert best_checkpoint(tmp_path).name == names[best]
+    assert checkpoint_of_run(tmp_path).name == names[best]
+
+
+def test_model_that_the_run_saved_comes_first(tmp_path):
+    for name in ("model.pt", "r_epoch_0003_iter_0000300_loss_0.400000.pt"):
+        (tmp_path / name).touch()
+    assert checkpoint_of_run(tmp_path).name == "model.pt"
 
 
 def test_folder_without_checkpoints(tmp_path):
     (tmp_path / "other.pt").touch()
     with pytest.raises(FileNotFoundError, match="no checkpoint of a training run"):
-        best_checkpoint(tmp_path)
+        checkpoint_of_run(tmp_path)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from aimnet2mult.data.checks.findings import Place
-from aimnet2mult.evaluation.compare import Comparison, WorstMolecule
+from aimnet2mult.evaluation.compare import Comparison, WorstMolecule, headings
 from aimnet2mult.evaluation.page import html_page
 from aimnet2mult.evaluation.properties import PROPERTIES, Units
 from aimnet2mult.evaluation.report import Report
@@ -176,9 +177,24 @@ def test_comparisons_without_any_error_have_a_page_all_the_same(tmp_path):
     assert (tmp_path / "error_histograms.png").read_bytes().startswith(PNG)
 
 
+def test_comparisons_are_told_apart_by_what_differs():
+    dft, gfn2 = comparison("dft"), comparison("gfn2")
+    assert headings([dft, gfn2]) == ["dft", "gfn2"]
+    assert headings([dft, comparison("dft", "b.h5")]) == ["dft, test.h5", "dft, b.h5"]
+    gfn2.model = "new.pt"
+    assert headings([dft, gfn2]) == ["dft, model.pt", "gfn2, new.pt"]
+
+
 def test_unknown_units_are_refused():
     with pytest.raises(ValueError, match="unit 'kcal' is not one for errors: did you mean kcal/mol"):
         Units("kcal")
+
+
+def test_evaluation_needs_neither_the_training_nor_matplotlib():
+    code = "import sys, aimnet2mult.evaluation.report, aimnet2mult.tools.evaluate; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "aimnet2mult.evaluation.pictures" in loaded
+    assert not [name for name in loaded if re.match(r"aimnet2mult\.train|ignite|wandb|matplotlib|omegaconf", name)]
 
 
 @pytest.mark.parametrize(

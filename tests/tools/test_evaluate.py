@@ -1,7 +1,9 @@
 """The command line: models and datasets in the forms that the README gives, and what users get wrong."""
 
 import json
+import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,13 @@ def checkpoint(tmp_path_factory, reference_model, fixtures_dir):
     return path
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Pictures take most of the time of a report."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_compiled_model_against_plain_numpy(compiled, dataset, tmp_path):
     path, groups = dataset
     model = load_jit_model(compiled)
@@ -99,6 +108,7 @@ def test_report(compiled, dataset, tmp_path):
     assert {path.name for path in (tmp_path / "report").iterdir()} == written - {"learning_curves.png"}
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_fidelities_of_a_checkpoint_by_name_and_number(checkpoint, dataset, tmp_path):
     path, _ = dataset
     data = ["--data", f"dft={path}", "--data", f"1={path}", "--data", path, "--fidelity", "gfn1"]
@@ -112,6 +122,7 @@ def test_fidelities_of_a_checkpoint_by_name_and_number(checkpoint, dataset, tmp_
     assert "of the" in result.output
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_several_datasets_and_files_of_one_name(compiled, dataset, tmp_path):
     path, groups = dataset
     (tmp_path / "a").mkdir()
@@ -161,8 +172,6 @@ def test_mistakes(compiled, checkpoint, dataset, tmp_path, fixtures_dir):
         {n: {k: v for k, v in a.items() if k in ("coord", "numbers", "charge", "energy")} for n, a in wordless.items()},
     )
     write_dataset(tmp_path / "unit.h5", groups)
-    import h5py
-
     with h5py.File(tmp_path / "unit.h5", "a") as file:
         file.attrs["energy_unit"] = "furlong"
     (tmp_path / "empty").mkdir()
