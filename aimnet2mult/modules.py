@@ -315,7 +315,7 @@ class Forces(nn.Module):
             ``parts`` of a flat batch, or of one with a cell or neighbour matrices.
         """
         if not compute_forces:
-            return self.model(data)
+            return self._without_forces(data)
         if parts is None:
             return self._with_forces(data)
         _check_divisible(data)
@@ -332,8 +332,11 @@ class Forces(nn.Module):
         out["coord"] = data["coord"]
         return out
 
+    def _without_forces(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.model(data)
+
     def _with_zeros(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = self.model(data)
+        out = self._without_forces(data)
         # They hang on the graph, so that a loss of forces alone can go backward.
         out[self.key_out] = torch.zeros_like(data["coord"]) + out[self.key_in][:0].sum().to(data["coord"].dtype)
         return out

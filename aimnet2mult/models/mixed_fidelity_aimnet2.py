@@ -6,7 +6,7 @@ fidelities freely and each molecule's result is what it would be alone.
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -86,38 +86,50 @@ class MixedFidelityAIMNet2(AIMNet2):
         heads = [module for head in self.fidelity_readouts for module in cast(nn.ModuleDict, head).values()]
         return [*self.shared_readouts.values(), *heads]
 
-    def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    def readout(self, data: dict[str, Tensor], places: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch: those that learn see element types, the others plain atomic numbers.
 
         With fidelity readouts, those that learn run on the atoms of their own fidelity.
+
+        Parameters
+        ----------
+        data : dict
+            The batch.
+        places : sequence of Tensor, optional
+            `atom_places` of the batch, where they cannot be found here because their number depends on the data;
+            places of padding atoms may be among them.
         """
         types = data["numbers"]
-        numbers, fidelities = nbops.decode_fidelity(types, self.fidelity_offset)
+        numbers, _ = nbops.decode_fidelity(types, self.fidelity_offset)
         shared = self.shared_readouts if self.use_fidelity_readouts else self.outputs
         for learning, names in self.stages:
             data["numbers"] = types if learning else numbers
             if learning and self.use_fidelity_readouts:
-                data = self._fidelity_stage(data, fidelities, names)
+                data = self._fidelity_stage(data, self.atom_places(data) if places is None else places, names)
             else:
                 for name in names:
                     data = shared[name](data)
         data["numbers"] = types
         return data
 
-    def _fidelity_stage(self, data: dict[str, Tensor], fidelities: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """Run consecutive learning readouts, which act on atoms one by one, on each fidelity's real atoms."""
+    def atom_places(self, data: dict[str, Tensor]) -> list[Tensor]:
+        """For each fidelity the places of its real atoms among all places of the batch, int64."""
+        _, fidelities = nbops.decode_fidelity(data["numbers"], self.fidelity_offset)
+        real = data["_real_idx"]
+        fidelity = fidelities.flatten()[real]
+        return [real[fidelity == f] for f in range(self.num_fidelities)]
+
+    def _fidelity_stage(self, data: dict[str, Tensor], places: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
+        """Run consecutive learning readouts, which act on atoms one by one, on the places of each fidelity."""
         n_axes = data["numbers"].dim()
         stages = [[cast(nn.ModuleDict, head)[name] for name in names] for head in self.fidelity_readouts]
         written = [str(module.key_out) for module in stages[0]]
         needed = [str(module.key_in) for module in stages[0]]
         read = [key for key in dict.fromkeys([*needed, "numbers", "coord"]) if key in data]
 
-        real = data["_real_idx"]
-        atom_fidelity = fidelities.flatten()[real]
         rows: list[Tensor] = []
         results: dict[str, list[Tensor]] = {key: [] for key in written}
-        for f in range(self.num_fidelities):
-            index = real[atom_fidelity == f]
+        for f, index in enumerate(places):
             if index.shape[0] == 0:
                 continue
             part = {key: data[key].flatten(0, n_axes - 1).index_select(0, index) for key in read}
@@ -131,7 +143,8 @@ class MixedFidelityAIMNet2(AIMNet2):
         for key, values in results.items():
             value = torch.cat(values)
             full = torch.zeros([data["numbers"].numel(), *value.shape[1:]], dtype=value.dtype, device=value.device)
-            data[key] = full.index_copy(0, place, value).view([*data["numbers"].shape, *value.shape[1:]])
+            full = full.index_copy(0, place, value).view([*data["numbers"].shape, *value.shape[1:]])
+            data[key] = nbops.mask_padding(full, data)
         return data
 
 
