@@ -68,6 +68,7 @@ def build_loss(config: TrainConfig, data: Data) -> MTLoss:
         for name, component in kwargs["components"].items()
     }
     loss_fn: MTLoss = resolve(config.loss.class_)(**kwargs)
+    loss_fn.check_fidelities(len(numbers))
     labels = {
         name: {label for label, count in known["labels"].items() if count["molecules"]}
         for name, known in data.record["fidelities"].items()

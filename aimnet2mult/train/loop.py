@@ -20,12 +20,13 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.data.loaders import Batch, MoleculeLoader
 from aimnet2mult.data.sampler import MixedFidelityBatchSampler
+from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.train.ema import WeightAverage
 from aimnet2mult.train.engine import Step, StepResult
 from aimnet2mult.train.loss import MTLoss
@@ -97,7 +98,7 @@ class Training:
     ----------
     config : TrainConfig
         The settings.
-    model : nn.Module
+    model : AIMNet2
         The model that learns.
     step : Step
         Makes one step of the optimiser.
@@ -124,7 +125,7 @@ class Training:
     """
 
     config: TrainConfig
-    model: nn.Module
+    model: AIMNet2
     step: Step
     optimizer: Optimizer
     schedule: Schedule | None

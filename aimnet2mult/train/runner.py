@@ -23,9 +23,10 @@ from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.data.loaders import MoleculeLoader
 from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.splits import save_split
-from aimnet2mult.models.base import copy_model, save_checkpoint
+from aimnet2mult.evaluation.report import training_report
+from aimnet2mult.models.base import copy_model, load_checkpoint, load_weights, save_checkpoint
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.acceleration import deterministic, prepare_model
+from aimnet2mult.train.acceleration import accelerated, deterministic, prepare_model
 from aimnet2mult.train.build import build_loss, build_metric, build_network
 from aimnet2mult.train.data import Data, build_data, build_loaders
 from aimnet2mult.train.ema import WeightAverage
@@ -115,6 +116,7 @@ def run_training(
     with log_buffer() as log, process_group(config.device) as local_rank, deterministic(config.trainer):
         first_process = idist.get_rank() == 0
         folder = RunFolder(config.checkpoint.dirname, writes=first_process)
+        check_empty(config)
         folder.check(overwrite, None if job.resume is None else job.resume.folder)
         save = folder.path / "model.pt" if save is None else check_writable(Path(save).absolute())
         training, data = build_training(job, pick_device(config.device, local_rank), load)
@@ -133,8 +135,16 @@ def run_training(
             end = train(training, job, first)
             result = save_model(training, save, folder.path, end)
             if end.finished and config.report and first_process:
-                pass
+                write_report(training, data, result)
     return result
+
+
+def check_empty(config: TrainConfig) -> None:
+    """Refuse a folder with checkpoints if the settings say that there must be none, whatever else allows it."""
+    checkpoint = config.checkpoint
+    pattern = f"{checkpoint.filename_prefix}_*.pt"
+    if checkpoint.kwargs.require_empty and any(checkpoint.dirname.glob(pattern)):
+        raise ConfigError(f"checkpoint.kwargs.require_empty: {checkpoint.dirname} holds checkpoints {pattern}")
 
 
 def build_training(job: Job, device: torch.device, load: str | Path | None = None) -> tuple[Training, Data]:
@@ -162,7 +172,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
     moving: dict[str, Any] = {"non_blocking": device.type == "cuda", "precision": trainer.precision}
     clipping = config.optimizer.grad_clip
     step = make_step(
-        distribute(Forces(model), device),
+        distribute(accelerated(Forces(model), trainer), device),
         optimizer,
         loss_fn,
         device,
@@ -327,7 +337,6 @@ def train(training: Training, job: Job, first: Mapping[str, float] | None) -> En
     with loggers, training.stop:
         recorder.loggers = loggers
         if first is not None:
-            logger.info("errors are given in %s", ", ".join(dict.fromkeys(recorder.units.values())))
             recorder.validation(0, 0, first)
             training.save()
         return training.run()
@@ -353,6 +362,25 @@ def save_model(training: Training, save: Path, folder: Path, end: End) -> Result
         saved, epoch, iteration = True, chosen.epoch, chosen.iteration
         logger.info("model of epoch %d, iteration %d (%s): %s", epoch, iteration, why, save)
     return Result(save, saved, folder, end, epoch, iteration, training.recorder.history.records)
+
+
+def write_report(training: Training, data: Data, result: Result) -> None:
+    """Evaluate the saved model on the validation molecules and write ``report/`` into the folder of the run."""
+    if len(data.val_indices) == 0:
+        logger.info("no report: there are no validation molecules")
+        return
+    load_weights(training.model, load_checkpoint(result.path)["model"])
+    page = training_report(
+        result.folder,
+        training.model,
+        data.val,
+        data.val_indices,
+        names=data.names,
+        history=result.records,
+        history_units=training.recorder.units,
+        about={"model": f"{result.path}, epoch {result.epoch}, iteration {result.iteration}"},
+    )
+    logger.info("report: %s", page)
 
 
 def descriptions(job: Job, data: Data) -> dict[str, Callable[[Path], None]]:

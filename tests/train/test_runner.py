@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,19 @@ from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config, load_weights
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
 from aimnet2mult.modules import Forces
-from aimnet2mult.train import runner
+from aimnet2mult.train import loop, runner
+from aimnet2mult.train.build import build_loss, build_network
 from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.configuration import load_config
-from aimnet2mult.train.runner import csv_text, error_units, metrics_table, run_training
+from aimnet2mult.train.data import build_data, build_loaders
+from aimnet2mult.train.resume import Job
+from aimnet2mult.train.runner import run_training
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = FIXTURES / "ref_mixed_model.yaml"
 KCAL = 23.060548
 EPOCHS = 20
+END = 240  # steps in so many epochs
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,13 @@ def settings(sae, folder, *overrides, fidelities=3):
 
 
 def train(sae, folder, *overrides, fidelities=3, load=None):
-    config = settings(sae, folder, *overrides, fidelities=fidelities)
-    return run_training(config, load_model_config(MODEL), folder / "model.pt", load)
+    job = Job(settings(sae, folder, *overrides, fidelities=fidelities), load_model_config(MODEL), None)
+    return run_training(job, folder / "model.pt", load)
+
+
+def validations(result):
+    """Lines of the history that come from a validation."""
+    return [record for record in result.records if any(key.startswith("val/") for key in record)]
 
 
 def restored(path):
@@ -91,23 +101,23 @@ def single(sae, tmp_path_factory):
 
 
 def test_errors_fall_for_every_fidelity(mixed):
-    first = mixed.records[0]
-    best = next(record for record in mixed.records if record["iteration"] == mixed.iteration)
+    first = validations(mixed)[0]
+    best = next(record for record in validations(mixed) if record["iteration"] == mixed.iteration)
     for f in range(3):
         key = f"val/fid{f}/E_rmse"
         assert best[key] < 0.75 * first[key], key
     assert best["val/F_rmse"] < 0.95 * first["val/F_rmse"]
-    assert best["train/loss"] < 0.5 * mixed.records[1]["train/loss"]
+    assert best["train_mean/loss"] < 0.5 * validations(mixed)[1]["train_mean/loss"]
 
 
 def test_labels_that_a_fidelity_lacks_are_not_reported(mixed):
-    names = set(mixed.records[0])
+    names = set(validations(mixed)[0])
     assert "val/fid0/s_mae" in names
     assert not {"val/fid1/s_mae", "val/fid2/s_mae", "val/fid2/F_rmse", "val/fid2/q_mae"} & names
 
 
 def test_saved_model_is_the_best_one_and_its_errors_are_those_of_a_few_lines_of_numpy(mixed, sae):
-    best = min(mixed.records[1:], key=lambda record: record["val/loss"])
+    best = min(validations(mixed)[1:], key=lambda record: record["val/loss"])
     content, model = restored(mixed.path)
     assert isinstance(model, MixedFidelityAIMNet2)
     assert mixed.iteration == best["iteration"] == content["progress"]["iteration"]
@@ -145,11 +155,20 @@ def test_folder_of_a_run(mixed):
         "data.json",
         "metrics.csv",
         "metrics.jsonl",
+        "model.yaml",
+        "report",
+        "run.json",
         "split.npz",
+        "timing.jsonl",
         "train.log",
         "train.yaml",
     ]
-    losses = sorted(record["val/loss"] for record in mixed.records[1:])[:3]
+    assert [name for name in checkpoints if "_last_" in name] == [
+        "r_last_iter_000000000.pt",
+        f"r_last_iter_{END:09d}.pt",
+    ]
+    checkpoints = [name for name in checkpoints if "_loss_" in name]
+    losses = sorted(record["val/loss"] for record in validations(mixed)[1:])[:3]
     assert sorted(float(name.removesuffix(".pt").split("_")[-1]) for name in checkpoints) == pytest.approx(
         losses, abs=1e-6
     )
@@ -159,19 +178,20 @@ def test_folder_of_a_run(mixed):
 def test_histories_agree_and_log_tells_the_whole_run(mixed):
     lines = [json.loads(line) for line in (mixed.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == mixed.records
-    assert [line["epoch"] for line in lines] == list(range(EPOCHS + 1))
+    assert [line["epoch"] for line in validations(mixed)] == list(range(EPOCHS + 1))
+    assert [line["iteration"] for line in lines if "train/loss" in line] == list(range(3, END + 1, 3))
     with open(mixed.folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["val/loss"]) for row in rows] == [line["val/loss"] for line in lines]
-    assert rows[0]["train/loss"] == ""
+    for name in ("val/loss", "train/loss"):
+        assert [row[name] and float(row[name]) for row in rows] == [line.get(name, "") for line in lines]
     log = (mixed.folder / "train.log").read_text()
     for sentence in (
         "fid2: 200 molecules, 180 for training, 20 for validation",
         "labels: energy 200 of 200, forces 0 of 200, charges 0 of 200, spin_charges 0 of 200",
         "the labels contain unknown dispersion",
         "training batches",
-        "E in kcal/mol",
-        "iteration 3: training loss",
+        "kcal/mol/Å",
+        f"iteration 3/{END}, loss",
         "model of epoch",
     ):
         assert sentence in log
@@ -179,13 +199,13 @@ def test_histories_agree_and_log_tells_the_whole_run(mixed):
 
 def test_every_epoch_has_as_many_iterations_as_it_has_batches(mixed, sae, tmp_path):
     config = settings(sae, tmp_path, "data.samplers.train.kwargs.batch_size=256")
-    data = runner.build_data(config)
-    loader, _ = runner.build_loaders(config, data, torch.device("cpu"))
+    data = build_data(config)
+    loader, _ = build_loaders(config, data, torch.device("cpu"))
     ends = [0]
     for epoch in range(EPOCHS):
         loader.batch_sampler.set_epoch(epoch)
         ends.append(ends[-1] + len(loader))
-    assert [record["iteration"] for record in mixed.records] == ends
+    assert [record["iteration"] for record in validations(mixed)] == ends
 
 
 def test_one_dataset_trains_a_plain_model(single):
@@ -201,16 +221,17 @@ def test_runs_repeat_bit_by_bit(single, sae, tmp_path):
     again = train(sae, tmp_path, fidelities=1)
     first, second = load_checkpoint(single.path)["model"], load_checkpoint(again.path)["model"]
     assert all(torch.equal(first[key], second[key]) for key in first)
-    other = load_checkpoint(train(sae, tmp_path, "seed=1", fidelities=1).path)["model"]
+    (tmp_path / "other").mkdir()
+    other = load_checkpoint(train(sae, tmp_path / "other", "seed=1", fidelities=1).path)["model"]
     assert not torch.equal(first["afv.weight"], other["afv.weight"])
 
 
 def test_load_starts_a_mixed_model_where_a_single_one_stood(single, sae, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="aimnet2mult"):
         result = train(sae, tmp_path, "trainer.epochs=1", load=single.path)
-    best = min(record["val/E_rmse"] for record in single.records[1:] if record["iteration"] == single.iteration)
-    assert result.records[0]["val/fid0/E_rmse"] == pytest.approx(best, rel=1e-5)
-    assert "fid1 is new: its embedding and readouts start from fid0 (fidelity 0 of the checkpoint)" in caplog.text
+    best = min(record["val/E_rmse"] for record in validations(single)[1:] if record["iteration"] == single.iteration)
+    assert validations(result)[0]["val/fid0/E_rmse"] == pytest.approx(best, rel=1e-5)
+    assert "fid1 starts from fid0 (the only one of the checkpoint)" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def named_settings(sae, folder, *overrides, order=("dft", "gfn2"), **changes):
 
 def train_named(sae, folder, *overrides, load=None, **options):
     config = named_settings(sae, folder, *overrides, **options)
-    return run_training(config, load_model_config(MODEL), folder / "model.pt", load)
+    return run_training(Job(config, load_model_config(MODEL), None), folder / "model.pt", load)
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +266,8 @@ def named(sae, tmp_path_factory):
 
 
 def test_names_are_in_metrics_log_and_checkpoint(named):
-    assert {"val/dft/E_mae", "val/gfn2/F_rmse"} <= set(named.records[0])
-    assert not any("fid0" in key for record in named.records for key in record)
+    assert {"val/dft/E_mae", "val/gfn2/F_rmse"} <= set(validations(named)[0])
+    assert not any("fid0" in key for record in validations(named) for key in record)
     log = (named.folder / "train.log").read_text()
     assert "dft (B3LYP/def2-SVP): 160 molecules" in log
     assert "D4 of gfn2" in log
@@ -287,32 +308,29 @@ def test_load_finds_fidelities_by_name_whatever_their_order(named, sae, tmp_path
         result = train_named(
             sae, tmp_path / "new", "data.val_split_by=composition", order=("gfn2", "dft"), load=named.path
         )
-    best = next(record for record in named.records if record["iteration"] == named.iteration)
+    best = next(record for record in validations(named) if record["iteration"] == named.iteration)
     for name in ("dft", "gfn2"):
-        assert result.records[0][f"val/{name}/E_mae"] == pytest.approx(best[f"val/{name}/E_mae"], rel=1e-5)
-    assert "starts from fidelity 1 of the checkpoint" in caplog.text
+        assert validations(result)[0][f"val/{name}/E_mae"] == pytest.approx(best[f"val/{name}/E_mae"], rel=1e-5)
+    assert "gfn2 starts from gfn2 (the same name)" in caplog.text
 
 
 def test_load_says_which_fidelity_is_new_and_when_no_name_is_common(named, sae, tmp_path, caplog):
     pm7 = {"files": str(FIXTURES / "tiny_fid2.h5"), "sae": str(sae[2])}
-    data = runner.build_data(named_settings(sae, tmp_path, order=("pm7", "gfn2", "dft"), pm7=pm7))
+    data = build_data(named_settings(sae, tmp_path, order=("pm7", "gfn2", "dft"), pm7=pm7))
     checkpoint = load_checkpoint(named.path)
 
     def built(names):
         chosen = dataclasses.replace(data, fidelities=dict(zip(names, data.fidelities.values(), strict=True)))
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="aimnet2mult"):
-            return runner.build_network(settings(sae, tmp_path), load_model_config(MODEL), chosen, named.path)
+            return build_network(settings(sae, tmp_path), load_model_config(MODEL), chosen, named.path)
 
     model = built(["pm7", "gfn2", "dft"])
     for f, source in {0: 0, 1: 1, 2: 0}.items():
         rows = model.state_dict()["afv.weight"][200 * f + 1 : 200 * f + 10]
         assert torch.equal(rows, checkpoint["model"]["afv.weight"][200 * source + 1 : 200 * source + 10])
-    assert "pm7 is new: its embedding and readouts start from dft (fidelity 0 of the checkpoint)" in caplog.text
-    assert "dft is new" not in caplog.text
-    assert "fidelity 2 is new" not in caplog.text  # it is the dft of the checkpoint
-    built(["a", "b", "c"])
-    assert "no name in common with the checkpoint (dft, gfn2): its fidelities are taken by their numbers" in caplog.text
+    assert "pm7 starts from " in caplog.text
+    assert "dft starts from dft (the same name)" in caplog.text
 
 
 def test_fidelity_without_labels_is_pointed_out(sae, tmp_path, caplog):
@@ -323,7 +341,7 @@ def test_fidelity_without_labels_is_pointed_out(sae, tmp_path, caplog):
     write_dataset(tmp_path / "empty.h5", groups)
     config = settings(sae, tmp_path, f"data.fidelity_datasets.2={tmp_path / 'empty.h5'}")
     with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
-        runner.build_loss(config, runner.build_data(config))
+        build_loss(config, build_data(config))
     assert "fid2: no molecule has a label that the loss uses" in caplog.text
     assert "fid1: no molecule has a label" not in caplog.text
 
@@ -336,7 +354,7 @@ def test_loss_component_of_which_all_labels_are_nan_is_pointed_out(sae, tmp_path
     write_dataset(tmp_path / "without_forces.h5", groups)
     config = settings(sae, tmp_path, f"data.fidelity_datasets.0={tmp_path / 'without_forces.h5'}", fidelities=1)
     with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
-        runner.build_loss(config, runner.build_data(config))
+        build_loss(config, build_data(config))
     assert "loss component forces: no dataset has the label forces, it is always zero" in caplog.text
 
 
@@ -344,8 +362,8 @@ def test_caches_of_dispersion_are_looked_at_once(sae, tmp_path, caplog):
     shutil.copy(FIXTURES / "tiny_fid0.h5", tmp_path / "data.h5")
     options = {"files": str(tmp_path / "data.h5"), "dispersion": B3LYP, "subtract_dispersion": True}
     with caplog.at_level(logging.INFO, logger="aimnet2mult.data.ledger"):
-        runner.build_data(named_settings(sae, tmp_path, dft=options))
-        runner.build_data(named_settings(sae, tmp_path, dft=options))
+        build_data(named_settings(sae, tmp_path, dft=options))
+        build_data(named_settings(sae, tmp_path, dft=options))
     assert caplog.text.count("computing the dispersion") == 1
     assert caplog.text.count("dispersion from") == 1
 
@@ -354,8 +372,8 @@ def test_shares_by_name_are_what_is_drawn(sae, tmp_path):
     key = "data.samplers.train.kwargs"
     shares = [f"{key}.sampling_strategy=shares", f"{key}.shares={{gfn2: 0.2, dft: 0.8}}", "data.val_fraction=0.1"]
     config = named_settings(sae, tmp_path, *shares, dft={"weight": 1})
-    data = runner.build_data(config)
-    loader, _ = runner.build_loaders(config, data, torch.device("cpu"))
+    data = build_data(config)
+    loader, _ = build_loaders(config, data, torch.device("cpu"))
     drawn = np.bincount([f for x, _ in loader for f in x["_fidelities"].tolist()])
     assert drawn.tolist() == [259, 65]  # of 144 + 180 molecules
     assert data.record["sampling"]["fidelities"]["dft"]["draws"] == 259
@@ -370,8 +388,8 @@ def test_several_files_are_one_fidelity(sae, tmp_path):
                 groups[arrays["numbers"].shape[1]] = {key: values[part::2] for key, values in arrays.items()}
                 assert rows
         write_dataset(tmp_path / f"part{part}.h5", groups)
-    parts = runner.build_data(named_settings(sae, tmp_path, dft={"files": "part*.h5"}))
-    whole = runner.build_data(named_settings(sae, tmp_path))
+    parts = build_data(named_settings(sae, tmp_path, dft={"files": "part*.h5"}))
+    whole = build_data(named_settings(sae, tmp_path))
     assert len(parts.train) == len(whole.train)
     assert parts.train.species == whole.train.species
     assert len(parts.record["fidelities"]["dft"]["files"]) == 2
@@ -379,8 +397,8 @@ def test_several_files_are_one_fidelity(sae, tmp_path):
 
 def test_dispersion_is_subtracted_where_that_is_asked(sae, tmp_path):
     options = {"dispersion": B3LYP, "subtract_dispersion": True, "val_files": str(FIXTURES / "tiny_fid0.h5")}
-    corrected = runner.build_data(named_settings(sae, tmp_path, "data.dispersion_cache=none", dft=options))
-    plain = runner.build_data(named_settings(sae, tmp_path, dft={"val_files": str(FIXTURES / "tiny_fid0.h5")}))
+    corrected = build_data(named_settings(sae, tmp_path, "data.dispersion_cache=none", dft=options))
+    plain = build_data(named_settings(sae, tmp_path, dft={"val_files": str(FIXTURES / "tiny_fid0.h5")}))
     correction = D3Correction(parse_dispersion(B3LYP, "x").parameters)
     for a, b in ((corrected.train, plain.train), (corrected.val, plain.val)):
         for index in (0, 50, 159):
@@ -398,7 +416,7 @@ def test_cheap_checks_speak_before_training(sae, tmp_path, caplog):
     groups[9]["mult"][3] += 1
     write_dataset(tmp_path / "odd.h5", groups)
     with caplog.at_level(logging.WARNING, logger="aimnet2mult"):
-        runner.build_data(named_settings(sae, tmp_path, dft={"files": "odd.h5"}))
+        build_data(named_settings(sae, tmp_path, dft={"files": "odd.h5"}))
     assert "odd.h5: group 009: row 3" in caplog.text
 
 
@@ -409,13 +427,13 @@ def test_cheap_checks_speak_before_training(sae, tmp_path, caplog):
 
 def test_validation_file_of_one_fidelity_and_split_of_the_others(sae, tmp_path):
     config = settings(sae, tmp_path, f"data.val_fidelity_datasets.1={FIXTURES / 'tiny_fid1.h5'}")
-    data = runner.build_data(config)
+    data = build_data(config)
     counts = [
         np.bincount(d.fidelities[i]).tolist()
         for d, i in ((data.train, data.train_indices), (data.val, data.val_indices))
     ]
     assert counts == [[144, 200, 180], [16, 200, 20]]
-    without = runner.build_data(settings(sae, tmp_path))
+    without = build_data(settings(sae, tmp_path))
     chosen = without.val_indices[without.train.fidelities[without.val_indices] == 2]
     mine = data.val_indices[data.val.fidelities[data.val_indices] == 2]
     for a, b in zip(without.val.__getitems__(chosen.tolist()), data.val.__getitems__(mine.tolist()), strict=True):
@@ -423,10 +441,10 @@ def test_validation_file_of_one_fidelity_and_split_of_the_others(sae, tmp_path):
 
 
 def test_validation_molecules_are_not_trained_on_unless_asked(sae, tmp_path, caplog):
-    data = runner.build_data(settings(sae, tmp_path))
+    data = build_data(settings(sae, tmp_path))
     assert len(np.intersect1d(data.train_indices, data.val_indices)) == 0
     assert len(data.train_indices) + len(data.val_indices) == len(data.train)
-    shared = runner.build_data(settings(sae, tmp_path, "data.separate_val=false"))
+    shared = build_data(settings(sae, tmp_path, "data.separate_val=false"))
     assert len(shared.train_indices) == len(shared.train)
     np.testing.assert_array_equal(shared.val_indices, data.val_indices)
     assert "validation molecules are trained on" in caplog.text
@@ -437,18 +455,21 @@ def test_without_validation_the_last_model_is_saved(sae, tmp_path):
     result = train(sae, tmp_path, *off, fidelities=1)
     assert result.epoch == 2
     assert [record["epoch"] for record in result.records] == [0, 1, 2]
-    assert result.records[-1]["train/loss"] > 0
-    (last,) = result.folder.glob("*.pt")
-    a, b = load_checkpoint(last)["model"], load_checkpoint(result.path)["model"]
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert result.records[-1]["train_mean/loss"] > 0
+    assert len(list(result.folder.glob("r_epoch_*.pt"))) == 1
+    *_, last = sorted(result.folder.glob("r_last_iter_*.pt"))
+    content, saved = load_checkpoint(last), load_checkpoint(result.path)
+    assert all(torch.equal(content["model"][key], saved["model"][key]) for key in saved["model"])
+    assert "training" in content
+    assert "training" not in saved
 
 
 def test_validation_between_epochs(sae, tmp_path):
     result = train(sae, tmp_path, "log_frequency.val=2", "trainer.epochs=1", fidelities=1)
-    iterations = [record["iteration"] for record in result.records]
+    iterations = [record["iteration"] for record in validations(result)]
     assert iterations == sorted(set(iterations))
     assert {0, 2} < set(iterations)
-    assert all("val/loss" in record for record in result.records)
+    assert all("val/loss" in record for record in validations(result))
 
 
 def test_plateau_lowers_the_rate_of_every_group_and_a_low_rate_ends_the_training(sae, tmp_path):
@@ -461,14 +482,14 @@ def test_plateau_lowers_the_rate_of_every_group_and_a_low_rate_ends_the_training
         "optimizer.param_groups.shifts={re: atomic_shift, lr: 5e-4}",
         fidelities=1,
     )
-    assert [record["lr/default"] for record in result.records] == pytest.approx([5e-3, 5e-3, 5e-3, 5e-4])
-    for record in result.records:
+    assert [record["lr/default"] for record in validations(result)] == pytest.approx([5e-3, 5e-3, 5e-3, 5e-4])
+    for record in validations(result):
         assert record["lr/shifts"] == pytest.approx(record["lr/default"] / 10)
 
 
 def test_an_unknown_metric_of_the_plateau_is_named(sae, tmp_path):
     with pytest.raises(
-        ValueError, match=r"scheduler\.kwargs\.metric_name: E_mse is not a validation metric; known: .*E_rmse"
+        ValueError, match=r"scheduler\.kwargs\.metric_name: E_mse is not a validation metric; did you mean .*E_rmse"
     ):
         train(sae, tmp_path, "scheduler.kwargs.metric_name=E_mse", fidelities=1)
     assert not (tmp_path / "run").exists()
@@ -487,7 +508,7 @@ def test_fixed_weights_stay_and_energies_alone_can_be_trained_on(single, sae, tm
     before, after = load_checkpoint(single.path)["model"], load_checkpoint(result.path)["model"]
     moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"outputs"}
-    assert "val/F_mae" not in result.records[-1]
+    assert "val/F_mae" not in validations(result)[-1]
 
 
 def test_reading_processes_change_nothing(single, sae, tmp_path):
@@ -496,21 +517,20 @@ def test_reading_processes_change_nothing(single, sae, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_interrupted_run_saves_what_there_is(sae, tmp_path, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(("number", "saved"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGUSR1, False)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(sae, tmp_path, monkeypatch, number, saved):
+    def train_on(self, batches):
+        step(self, batches)
+        if self.position.iteration == 8:
+            os.kill(os.getpid(), number)
 
-    def interrupted(evaluator, loader):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return validate(evaluator, loader)
-
-    validate = runner.validate
-    monkeypatch.setattr(runner, "validate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(sae, tmp_path, fidelities=1)
-    assert load_checkpoint(tmp_path / "model.pt")["progress"]["epoch"] == 1
-    assert "interrupted in epoch 2" in (tmp_path / "run" / "train.log").read_text()
+    step = loop.Training.train_on
+    monkeypatch.setattr(loop.Training, "train_on", train_on)
+    result = train(sae, tmp_path, "data.samplers.train.kwargs.batch_size=128", fidelities=1)
+    assert result.end == (False, number.name)
+    assert load_checkpoint(tmp_path / "run" / "r_last_iter_000000008.pt")["training"]["position"]["iteration"] == 8
+    assert result.saved == saved == (tmp_path / "model.pt").exists()
+    assert "this run goes on with --resume" in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.filterwarnings("default")  # wandb starts threads and files of its own
@@ -535,8 +555,9 @@ def test_wandb_online_without_a_login_logs_offline(sae, tmp_path, monkeypatch):
 def test_folder_that_must_be_empty(sae, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "r_epoch_0001.pt").touch()
-    with pytest.raises(ValueError, match=r"checkpoint\.kwargs\.require_empty: .* already holds checkpoints r_\*\.pt"):
-        train(sae, tmp_path, "checkpoint.kwargs.require_empty=true")
+    job = Job(settings(sae, tmp_path, "checkpoint.kwargs.require_empty=true"), load_model_config(MODEL), None)
+    with pytest.raises(ValueError, match=r"checkpoint\.kwargs\.require_empty: .* holds checkpoints r_\*\.pt"):
+        run_training(job, overwrite=True)
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
@@ -549,7 +570,7 @@ def test_folder_that_cannot_be_made(sae, tmp_path, place):
 def test_weights_of_another_architecture(sae, tmp_path):
     config = settings(sae, tmp_path, fidelities=1)
     with pytest.raises(ValueError, match=r"ref_single\.pt: the checkpoint is of another architecture"):
-        run_training(config, load_model_config(), tmp_path / "model.pt", FIXTURES / "ref_single.pt")
+        run_training(Job(config, load_model_config(), None), tmp_path / "model.pt", FIXTURES / "ref_single.pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -562,11 +583,13 @@ import sys, os, torch, ignite.distributed as idist
 from aimnet2mult.data.collate import collate
 from aimnet2mult.models.base import build_model, load_model_config
 from aimnet2mult.modules import Forces
-from aimnet2mult.train import runner
 from aimnet2mult.train.configuration import load_config
-from aimnet2mult.train.engine import make_evaluator, make_trainer
+from aimnet2mult.train.data import build_data
+from aimnet2mult.train.engine import make_evaluator, make_step
+from aimnet2mult.train.loop import evaluate
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
+from aimnet2mult.train.processes import distribute, process_group
 
 model_yaml, out, *overrides = sys.argv[1:]
 config = load_config(None, overrides)
@@ -574,7 +597,7 @@ config = load_config(None, overrides)
 
 def main():
     rank, size = idist.get_rank(), idist.get_world_size()
-    data = runner.build_data(config).train
+    data = build_data(config).train
     # Ten molecules a step; with two processes the first has those of fidelity 0 and some of 1, the second the rest:
     # numbers of labels, and the heads in use, differ between them.
     first = [(4 * k, 200 + 3 * k, 400 + 3 * k) for k in range(5)]
@@ -587,15 +610,16 @@ def main():
     batches = [(double(x), double(y)) for x, y in batches]
     loss_fn = MTLoss(**config.loss.kwargs)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    trainer = make_trainer(runner.distribute(Forces(model), torch.device("cpu")), optimizer, loss_fn, "cpu")
-    trainer.run(batches, max_epochs=1)
+    step = make_step(distribute(Forces(model), torch.device("cpu")), optimizer, loss_fn, "cpu")
+    for batch in batches:
+        assert step([batch]).applied
     evaluator = make_evaluator(Forces(model), loss_fn, {"m": RegMultiMetric(**config.metrics.kwargs)}, "cpu")
-    metrics = runner.validate(evaluator, batches)
+    metrics = evaluate(evaluator, batches)
     if rank == 0:
         torch.save({"model": model.state_dict(), "metrics": metrics}, out)
 
 
-with runner.process_group("cpu"):
+with process_group("cpu"):
     main()
 """
 
@@ -635,34 +659,8 @@ def test_torchrun_trains_and_only_one_process_writes(sae, tmp_path):
     ]
     done = launch(2, "-m", "aimnet2mult.train.cli", "--model", str(MODEL), "--save", str(tmp_path / "m.pt"), *overrides)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("epoch 2/2") == 1
+    assert done.stderr.count("2 epochs are complete") == 1
     assert done.stdout.count("model of epoch") == 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
     assert load_checkpoint(tmp_path / "m.pt")["num_fidelities"] == 3
-
-
-# --------------------------------------------------------------------------------------------------
-# text
-# --------------------------------------------------------------------------------------------------
-
-
-def test_table_of_metrics():
-    table = metrics_table(
-        {"loss": 1.0, "E_mae": 2.0, "fid0/E_mae": 1.5, "fid1/E_mae": 2.5, "F_mae": 3.0, "fid0/F_mae": 3.0}
-    )
-    assert [line.split() for line in table.splitlines()] == [
-        ["E_mae", "F_mae"],
-        ["all", "2", "3"],
-        ["fid0", "1.5", "3"],
-        ["fid1", "2.5", "-"],
-    ]
-
-
-def test_csv_has_a_column_for_every_key_of_any_record():
-    assert csv_text([{"a": 1}, {"a": 2, "b": 3}]).split() == ["a,b", "1,", "2,3"]
-
-
-def test_units_of_errors():
-    cfg = {"energy": {"abbr": "E", "scale": 1000.0}, "forces": {"abbr": "F", "scale": 2.0}, "charges": {"abbr": "q"}}
-    assert error_units(runner.RegMultiMetric(cfg)) == "E in meV, F in eV/Å times 2, q in e"
