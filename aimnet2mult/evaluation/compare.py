@@ -270,6 +270,10 @@ def _notes(comparison: Comparison, not_predicted: list[str], seed: int) -> list[
             f"{comparison.title}: {comparison.molecules} of the {comparison.available} molecules of {comparison.data}, "
             f"drawn at random (seed {seed})."
         )
+    if not comparison.errors:
+        notes.append(
+            f"{comparison.title}: no molecule of {comparison.data} has a label that {comparison.model} predicts."
+        )
     for key in not_predicted:
         notes.append(f"{comparison.title}: {comparison.data} has labels for {key}, which the model does not predict.")
     for key, sums in comparison.errors.items():

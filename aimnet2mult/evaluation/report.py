@@ -37,6 +37,9 @@ CAPTIONS = {
 }
 """Pictures of a report, in the order of the page."""
 
+MAX_DRAWN = 30
+"""Comparisons in one picture; more would take minutes to lay out."""
+
 TRAINING_MOLECULES = 20_000
 """Molecules of each fidelity in the report at the end of a training, drawn at random where there are more."""
 
@@ -96,9 +99,12 @@ class Report:
             logger.warning('no pictures: matplotlib is not installed (pip install "aimnet2mult[report]")')
             return {}
         drawn = {}
-        if any(errors.sample.seen for comparison in self.comparisons for errors in comparison.errors.values()):
-            drawn[PARITY] = pictures.parity_plots(self.comparisons, self.units)
-            drawn[HISTOGRAMS] = pictures.error_histograms(self.comparisons, self.units)
+        shown = [c for c in self.comparisons if any(errors.sample.seen for errors in c.errors.values())]
+        if len(shown) > MAX_DRAWN:
+            logger.warning("pictures show the first %d of %d comparisons", MAX_DRAWN, len(shown))
+        if shown:
+            drawn[PARITY] = pictures.parity_plots(shown[:MAX_DRAWN], self.units)
+            drawn[HISTOGRAMS] = pictures.error_histograms(shown[:MAX_DRAWN], self.units)
         panels = learning_curves(self.history, self.history_units)
         if panels:
             drawn[CURVES] = pictures.curve_plots(panels)

@@ -250,7 +250,14 @@ def worst_cells(molecule: WorstMolecule, factor: float) -> list[str]:
     """Error, label, predicted, formula, atom, file, group and row of a molecule as text."""
     outlier, place = molecule.outlier, molecule.place
     values = [number(factor * value) for value in (outlier.error, outlier.label, outlier.predicted)]
-    return [*values, molecule.formula, molecule.atom, place.file, place.group or "", str(place.row)]
+    return [
+        *values,
+        molecule.formula,
+        molecule.atom,
+        place.file,
+        place.group or "",
+        "" if place.row is None else str(place.row),
+    ]
 
 
 def all_notes(comparisons: Sequence[Comparison]) -> list[str]:

@@ -158,9 +158,8 @@ def evaluate(
     tasks = [task for request in requests for task in _tasks(request, fidelity, place, model_names, data_names)]
     for task in tasks:
         check_elements(task.predictor, task.source)
-    comparisons = []
-    for task in tasks:
-        comparison = compare(
+    comparisons = [
+        compare(
             task.predictor,
             task.source,
             task.data,
@@ -168,12 +167,14 @@ def evaluate(
             max_molecules=max_molecules,
             atoms_per_call=atoms_per_call or default_atoms_per_call(place),
         )
-        if not comparison.errors:
-            raise ValueError(f"{task.source.name}: no molecule has a label that {comparison.model} predicts")
-        comparisons.append(comparison)
+        for task in tasks
+    ]
+    if not any(comparison.errors for comparison in comparisons):
+        names = ", ".join(dict.fromkeys(task.source.name for task in tasks))
+        raise ValueError(f"{names}: no molecule has a label that the model predicts")
     about = {
         "Models": ", ".join(str(request.model) for request in requests),
-        "Data": ", ".join(dict.fromkeys(str(file) for task in tasks for file in task.source.files)),
+        "Data": ", ".join(dict.fromkeys(task.source.name for task in tasks)),
     }
     title = "Errors of " + ", ".join(dict.fromkeys(comparison.model for comparison in comparisons))
     return comparisons, Report(title, comparisons, units, about, records, record_units).write(output)

@@ -207,7 +207,9 @@ def test_data_without_labels_have_no_errors_and_are_not_evaluated(checkpoint, gr
 
     model = predictor(checkpoint, "gfn1")
     model.predict = None  # whoever calls it fails
-    assert compare(model, changed(groups[2], tmp_path, blank), "").errors == {}
+    comparison = compare(model, changed(groups[2], tmp_path, blank), "x.h5")
+    assert comparison.errors == {}
+    assert comparison.notes == ["gfn1: no molecule of x.h5 has a label that model.pt predicts."]
 
 
 def test_labels_that_the_model_does_not_predict_are_pointed_out(checkpoint, groups, tmp_path):
