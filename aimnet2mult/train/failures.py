@@ -24,6 +24,8 @@ from typing import NamedTuple, NoReturn
 import click
 import torch.distributed as dist
 
+from aimnet2mult.config.builder import ConfigError
+from aimnet2mult.train.stop import stop_requested
 from aimnet2mult.utils.cli import USER_ERRORS, UserError, error_message
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ GRACE = 2.0
 LAST_WORD = 5.0
 """How long a process may go on after it is known that another one failed, seconds."""
 
+LAST_WISH = 60.0
+"""The same after the launcher ended by a signal that asked all processes to stop, seconds."""
+
 WATCH = 1.0
 """Interval between looks at whether another process failed, seconds."""
 
@@ -61,6 +66,22 @@ def world_size() -> int:
 def rank() -> int:
     """Return the number of this process among all, from 0, according to the environment."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launch_variable(name: str) -> str:
+    """Return what the launcher says in an environment variable.
+
+    Raises
+    ------
+    ConfigError
+        It does not.
+    """
+    if name not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()} in the environment, but {name} is not set; start several processes with "
+            "torchrun or --processes, or remove WORLD_SIZE"
+        )
+    return os.environ[name]
 
 
 def process_name() -> str:
@@ -167,7 +188,7 @@ def rank_errors() -> Iterator[None]:
         yield
         return
     global _guarded
-    board = Board()
+    board = Board(_store())
     board.watch()
     _guarded = True
     try:
@@ -197,10 +218,16 @@ class Verdict(NamedTuple):
 
 
 class Board:
-    """Where processes tell each other that they failed."""
+    """Where processes tell each other that they failed.
 
-    def __init__(self) -> None:
-        self._store = _store()
+    Parameters
+    ----------
+    store : torch.distributed.Store
+        Keys and values that all of them see.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
         self._closed = threading.Event()
 
     def watch(self) -> None:
@@ -213,12 +240,18 @@ class Board:
 
     def _watch(self) -> None:
         while not self._closed.wait(WATCH):
+            launcher_gone = False
             try:
                 failed = self._store.check(["failures"])
-            except RuntimeError:  # the launcher is gone, and the store with it
-                failed = True
+            except RuntimeError:  # as its store is
+                failed = launcher_gone = True
             if failed:
-                if not self._closed.wait(LAST_WORD):
+                ended = self._closed.wait(LAST_WORD)
+                if not ended and launcher_gone and stop_requested() is not None:
+                    # By the same signal, to all of us: the checkpoint may still be on its way.
+                    ended = self._closed.wait(LAST_WISH)
+                if not ended:
+                    _say(f"Error: {process_name()}: the program that started it is gone" if launcher_gone else "")
                     _exit(EXIT_LOST_CONTACT)
                 return
 
@@ -228,6 +261,10 @@ class Board:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the launcher's reply to the first failure
                 signal.signal(number, signal.SIG_IGN)
         failure = describe(error)
+        self.close()
+        limit = threading.Timer(6 * GRACE, _exit, (failure.status,))  # should the store not answer
+        limit.daemon = True
+        limit.start()
         try:
             verdict = self._verdict(failure)
         except RuntimeError:  # without a store everybody speaks for themselves
@@ -279,7 +316,9 @@ class Board:
 
 def _store() -> dist.Store:
     """Connect to the store of the launcher; without one, the first process keeps it."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    for name in ("RANK", "LOCAL_RANK"):
+        launch_variable(name)
+    address, port = launch_variable("MASTER_ADDR"), int(launch_variable("MASTER_PORT"))
     kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeper = rank() == 0 and not kept_by_launcher
     store = dist.TCPStore(address, port, is_master=keeper, timeout=CONNECT, wait_for_workers=False)
@@ -326,8 +365,10 @@ def _exit(status: int) -> NoReturn:
     """End this process and its readers at once, without taking apart groups whose members may be gone."""
     for reader in multiprocessing.active_children():
         reader.kill()
-    logging.shutdown()
-    with suppress(OSError):
+    limit = threading.Timer(1.0, os._exit, (status,))  # should another thread hold the locks of these files
+    limit.daemon = True
+    limit.start()
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aimnet2mult.config.builder import ConfigError
-from aimnet2mult.train.failures import guarded, rank_errors, share, world_size
+from aimnet2mult.train.failures import guarded, launch_variable, rank_errors, share, world_size
 from aimnet2mult.utils.cli import USER_ERRORS, error_message
 
 __all__ = ["agreed", "any_rank", "distribute", "gather_objects", "on_rank_zero", "process_group", "rank_errors"]
@@ -77,7 +77,7 @@ def process_group(device: str, timeout: timedelta | None = None) -> Iterator[int
     if world_size() == 1:
         yield 0
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(launch_variable("LOCAL_RANK"))
     _initialize(device, local_rank, step_timeout() if timeout is None else timeout)
     try:
         yield local_rank
@@ -101,7 +101,7 @@ def _initialize(device: str, local_rank: int, timeout: timedelta) -> None:
     if device == "cpu" and not torch.cuda.is_initialized():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ignite moves what it reduces to a GPU if it sees one
     if device != "cpu" and torch.cuda.is_available():
-        check_gpus(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+        check_gpus(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
         dist.init_process_group("nccl", timeout=timeout, device_id=gpu)
@@ -109,6 +109,8 @@ def _initialize(device: str, local_rank: int, timeout: timedelta) -> None:
         dist.init_process_group("gloo", timeout=timeout)
     with _hidden("SLURM_JOB_ID"):
         idist.sync()
+    for patient in (False, True):  # now, while the launcher is surely there
+        _cpu_group(patient, timeout)
 
 
 @contextmanager
@@ -169,33 +171,51 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if idist.get_world_size() == 1:
         return model
-    # Said when a batch has all fidelities: that others may lack some is why unused weights are looked for.
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
     # Weights with a dimension of 1 may have other strides for the same memory.
     warnings.filterwarnings(
         "ignore", r"(?s)Grad strides do not match bucket view strides.*sizes\(\) = \[(1, |\d+, 1\])", UserWarning
     )
+    # Newer versions of torch have another name for it, which older ones lack.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return DistributedDataParallel(
-        model,
+        _WithSpareWeight(model),
         device_ids=[device.index] if device.type == "cuda" else None,
         find_unused_parameters=True,
         broadcast_buffers=False,  # constants, the same everywhere from the start
     )
 
 
+class _WithSpareWeight(nn.Module):
+    """A model with one weight more, which it never uses.
+
+    Torch warns, past Python's filters, where it looks for unused weights and finds none, as in a batch with molecules
+    of all fidelities.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.spare = nn.Parameter(torch.zeros_like(next(model.parameters()).flatten()[:1]))
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call the model."""
+        return self.model(*arguments, **keywords)
+
+
 # --------------------------------------------------------------------------------------------------
 # agreement
 # --------------------------------------------------------------------------------------------------
 
-_groups: dict[timedelta, dist.ProcessGroup] = {}
-"""Groups of all processes for tensors on the CPU, by how long their operations wait."""
+_groups: dict[bool, dist.ProcessGroup] = {}
+"""Groups of all processes for tensors on the CPU: patient ones (True), and others."""
 
 
-def _cpu_group(timeout: timedelta) -> dist.ProcessGroup:
-    """Return the group of all processes that talks through Gloo, so that nobody waits for a GPU."""
-    if timeout not in _groups:
-        _groups[timeout] = dist.new_group(backend="gloo", timeout=timeout)
-    return _groups[timeout]
+def _cpu_group(patient: bool, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return a group of all processes that talks through Gloo, so that nobody waits for a GPU."""
+    if patient not in _groups:
+        timeout = LONG_WORK if patient else timeout or step_timeout()
+        _groups[patient] = dist.new_group(backend="gloo", timeout=timeout)
+    return _groups[patient]
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
@@ -203,25 +223,25 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     if idist.get_world_size() == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, group=_cpu_group(step_timeout()))
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=_cpu_group(patient=False))
     return tuple(bool(vote) for vote in votes.tolist())
 
 
 def gather_objects(item: T) -> list[T]:
     """Return what each process passes (anything that pickles), in the order of their ranks."""
-    return _gather(item, step_timeout())
+    return _gather(item, patient=False)
 
 
 def wait_for_all() -> None:
     """Wait until all processes are here, however long it takes."""
-    _gather(None, LONG_WORK)
+    _gather(None, patient=True)
 
 
-def _gather(item: T, timeout: timedelta) -> list[T]:
+def _gather(item: T, patient: bool) -> list[T]:
     if idist.get_world_size() == 1:
         return [item]
     items: list[Any] = [None] * idist.get_world_size()
-    dist.all_gather_object(items, item, group=_cpu_group(timeout))
+    dist.all_gather_object(items, item, group=_cpu_group(patient))
     return items
 
 
@@ -239,7 +259,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             own, outcome[1] = error, _portable(error)
-    dist.broadcast_object_list(outcome, src=0, group=_cpu_group(LONG_WORK))
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group(patient=True))
     result, failure = outcome
     if failure is not None:
         raise share(own or failure, reporter=0, alike=True)
@@ -259,7 +279,7 @@ def agreed(function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:
         own = error
-    failures = _gather(None if own is None else _portable(own), LONG_WORK)
+    failures = _gather(None if own is None else _portable(own), patient=True)
     failed = {r: failure for r, failure in enumerate(failures) if failure is not None}
     if not failed:
         return result

@@ -1,19 +1,53 @@
-"""Requests to stop, by signal: from the user (Ctrl-C) or from a scheduler that needs the machine."""
+"""Requests to stop, by signal: from the user (Ctrl-C), or from a scheduler that needs the machine.
 
+What reaches the training processes, as measured with PyTorch 2.13:
+
+======================  ==================================================  =======================================
+sent                    to a plain call (also with several processes)       to ``torchrun``
+======================  ==================================================  =======================================
+SIGTERM, SIGINT         passed on; they take the time they need; exit       passed on; after 30 s SIGKILL, unless
+                        status 0                                            TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives
+                                                                            another time in s; exit status 1
+SIGUSR1                 the same                                            not passed on: torchrun dies of it, unless
+                                                                            called with ``--signals-to-handle
+                                                                            SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1``
+Ctrl-C in a terminal    once to each process                                once to each process
+======================  ==================================================  =======================================
+
+One training process that gets a signal is enough for all to stop, since they ask each other after each step
+(`aimnet2mult.train.processes.any_rank`). If the launcher is gone (SIGKILL, or SIGUSR1 to torchrun), they end within
+some seconds, and save a checkpoint only if they got a request, too.
+
+In a SLURM script, on one machine, 120 s before the end of the time::
+
+    #SBATCH --signal=USR1@120
+    srun --ntasks=1 python -m aimnet2mult.train.cli ...
+
+SLURM sends this signal to what ``srun`` starts, not to the script itself. Without ``srun``, write
+``#SBATCH --signal=B:USR1@120`` and ``exec python -m aimnet2mult.train.cli ...`` as the last line, so that Python takes
+the place of the shell, which would not pass the signal on. On several machines, with torchrun::
+
+    #SBATCH --signal=TERM@120
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+    srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES ... -m aimnet2mult.train.cli ...
+"""
+
+import os
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask for an end."""
 
-ONE_PRESS = 1.0
-"""SIGINT that come within this time are one and the same (from a terminal and from a launcher), seconds."""
+ONE_REQUEST = 1.0
+"""Signals that come within this time are one request, which came by several ways, seconds."""
 
 
 class StopRequest:
-    """Notes signals that ask for an end, so that the loop can end at the end of a step.
+    """Notes signals that ask for an end, so that the loop can end after its step.
 
     ::
 
@@ -21,25 +55,31 @@ class StopRequest:
             for batch in loader:
                 step(batch)
                 if any_rank(stop.requested is not None)[0]:
-                    ...
+                    stop.accept()
+                    break
+            ...                            # write what has to be written
 
-    The second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, which alone gets signals, nothing is
-    noted. The former handlers come back at the end.
+    A second Ctrl-C raises KeyboardInterrupt at once. The former handlers come back at the end. Outside the main thread,
+    which alone gets signals, nothing is noted.
 
     Attributes
     ----------
     requested : str or None
-        Name of the first such signal, such as ``SIGTERM``.
+        Name of the first such signal, such as ``SIGTERM``; ``another process`` if only that one got a signal.
     """
+
+    current: ClassVar["StopRequest | None"] = None
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._interrupted: float | None = None  # time of the first SIGINT
-        self._before: dict[signal.Signals, object] = {}
+        self._when = float("-inf")  # time of that
+        self._interrupted = False
+        self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         """Start listening."""
         if threading.current_thread() is threading.main_thread():
+            StopRequest.current = self
             self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
         return self
 
@@ -47,18 +87,35 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop listening."""
+        recent = time.monotonic() - self._when < ONE_REQUEST
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+            signal.signal(number, self._repeated if recent else handler)  # type: ignore[arg-type]  # as it came
+
+    def accept(self) -> None:
+        """Stop, since this process or another one was asked to: the same signal may still be on its way to this one."""
+        self._set("another process")
+
+    def _set(self, requested: str) -> None:
+        if self.requested is None:
+            self.requested, self._when = requested, time.monotonic()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = signal.Signals(number).name
+        self._set(signal.Signals(number).name)
         if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._interrupted is None:
-                self._interrupted = now
-            elif now - self._interrupted > ONE_PRESS:
+            if self._interrupted and time.monotonic() - self._when > ONE_REQUEST:
                 raise KeyboardInterrupt
+            self._interrupted = True
+
+    def _repeated(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal after the end: the request that was met comes by another way, or it is a new one."""
+        if time.monotonic() - self._when > ONE_REQUEST:
+            signal.signal(number, self._before[number])  # type: ignore[arg-type]  # as it came
+            os.kill(os.getpid(), number)
+
+
+def stop_requested() -> str | None:
+    """Return what asked this process to stop, if anything did."""
+    return None if StopRequest.current is None else StopRequest.current.requested
 
 
 def ignore_requests(worker: int) -> None:

@@ -1,0 +1,676 @@
+"""Joining, agreeing and failing of real processes (Gloo), under the package's own launcher and under torchrun."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+import aimnet2mult
+from aimnet2mult.config.builder import ConfigError
+from aimnet2mult.train import failures, launch, processes
+from aimnet2mult.train.failures import Board, Failure, Verdict, describe, rank_errors, share
+from aimnet2mult.train.launch import relaunch, wanted_processes
+from aimnet2mult.train.processes import agreed, any_rank, gather_objects, on_rank_zero, process_group
+from aimnet2mult.train.stop import ONE_REQUEST, StopRequest, ignore_requests, stop_requested
+
+ROOT = Path(aimnet2mult.__file__).parents[1]
+
+LIMIT = 60.0
+"""How long a run of processes may take on a busy machine, seconds; an operation that waits for the lost takes more."""
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# real processes
+# --------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, signal, sys, time, warnings
+import torch, torch.distributed as dist
+import ignite.distributed as idist
+from aimnet2mult.train.failures import rank, rank_errors
+from aimnet2mult.train.processes import *
+from aimnet2mult.train.stop import StopRequest
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, (rank(), *words))) + "\\n")
+    sys.stdout.flush()
+
+with rank_errors():
+    BEFORE
+    with process_group("cpu"):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        INSIDE
+        for step in range(3):
+            dist.all_reduce(total)
+    say("end")
+"""
+
+
+def start(tmp_path, inside="", before="", *, torchrun=False, options=(), **variables):
+    """Start two processes that run the program above with these lines in their places."""
+    text = PROGRAM
+    for place, lines in (("BEFORE", before), ("INSIDE", inside)):
+        text = re.sub(
+            rf"^( *){place}$", lambda m, lines=lines: "\n".join(m[1] + x for x in lines.split("\n")), text, flags=re.M
+        )
+    (tmp_path / "program.py").write_text(text)
+    own = "import sys; from aimnet2mult.train.launch import relaunch; sys.exit(relaunch(2, [], module='program'))"
+    command = [sys.executable, "-c", own]
+    if torchrun:
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+        command = [sys.executable, *run, "-m", "program"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}", **variables}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+
+
+def result(process):
+    """Wait for the end; return exit status, what it said, and its errors."""
+    out, err = process.communicate(timeout=LIMIT)
+    return process.returncode, out, err
+
+
+AGREE = """
+def fail(kind, message):
+    raise kind(message)
+say(*any_rank(rank() == 1, False, True))
+say(gather_objects({"rank": rank()}))
+say(on_rank_zero(lambda: f"from {rank()}"), agreed(lambda: f"own {rank()}"))
+for case in (
+    lambda: on_rank_zero(lambda: fail(FileNotFoundError, "no file")),
+    lambda: agreed(lambda: rank() == 1 and fail(ValueError, "bad on 1")),
+):
+    try:
+        case()
+    except (ValueError, FileNotFoundError) as error:
+        say(type(error).__name__, error)
+say("local", idist.get_local_rank(), "slurm", os.environ["SLURM_JOB_ID"], torch.get_num_threads())
+
+warnings.simplefilter("error")
+class Heads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(4))
+    def forward(self, x, which):
+        return sum(self.heads[f](x).tanh().sum() for f in which)
+torch.manual_seed(0)
+model = Heads()
+shared = distribute(model, torch.device("cpu"))
+x = torch.arange(8.0).reshape(2, 4) / 8
+shared(x, [0, 1, 2, 3]).backward()
+shared.zero_grad()
+shared(x + rank(), [0, 1 + rank()]).backward()
+twice = [None if h.weight.grad is None else h.weight.grad.clone() for h in model.heads]
+model.zero_grad()
+(0.5 * (model(x, [0, 1]) + model(x + 1, [0, 2]))).backward()
+for head, grad in zip(model.heads, twice):
+    assert (grad is None) == (head.weight.grad is None)
+    if grad is not None:
+        torch.testing.assert_close(grad, head.weight.grad)
+say("heads", [grad is None for grad in twice])
+""".strip()
+
+
+def test_processes_agree_and_share_gradients(tmp_path):
+    # As in a SLURM job on two machines: one task with number 0 on this one.
+    slurm = dict(SLURM_JOB_ID="77", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="2", SLURM_JOB_NUM_NODES="2")
+    status, out, err = result(start(tmp_path, AGREE, SLURM_JOB_NODELIST="n[1-2]", **slurm))
+    assert (status, err) == (0, "")
+    said = {r: [line[2:] for line in out.splitlines() if line.startswith(f"{r} ")] for r in (0, 1)}
+    for r in (0, 1):
+        assert said[r] == [
+            "True False True",
+            "[{'rank': 0}, {'rank': 1}]",
+            f"from 0 own {r}",
+            "FileNotFoundError no file",
+            "ValueError bad on 1",
+            f"local {r} slurm 77 1",
+            "heads [False, False, False, True]",
+            "end",
+        ]
+
+
+def test_mistake_of_one_process_ends_all_with_its_message(tmp_path):
+    # The other one hangs, in something that no exception reaches.
+    inside = 'if rank() == 1:\n    raise ValueError("b.h5: no energies")\ntime.sleep(1000)'
+    shorter = "from aimnet2mult.train import failures\nfailures.LAST_WORD = 1.0"
+    status, out, err = result(start(tmp_path, inside, shorter))
+    assert (status, out, err) == (2, "", "Error: process 1 of 2: b.h5: no energies\n")
+
+
+def test_mistake_that_all_find_is_told_once_without_a_process(tmp_path):
+    status, _, err = result(start(tmp_path, before='raise FileNotFoundError(2, "No such file", "a.h5")'))
+    assert (status, err) == (2, "Error: a.h5: No such file\n")
+
+
+@pytest.mark.slow
+def test_error_on_rank_zero_reaches_the_others(tmp_path):
+    inside = 'def write():\n    raise PermissionError(13, "Permission denied", "runs")\non_rank_zero(write)'
+    status, _, err = result(start(tmp_path, inside))
+    assert (status, err) == (2, "Error: runs: Permission denied\n")
+
+
+def test_defect_in_a_step_under_torchrun(tmp_path):
+    inside = 'if rank() == 1:\n    {}["missing"]'
+    status, _, err = result(start(tmp_path, inside, torchrun=True))
+    ours, _, report = err.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")
+    assert status != 0
+    assert ours.count("\nKeyError: 'missing'\nError: process 1 of 2: KeyError: 'missing'\n") == 1
+    assert "Error: process 0" not in ours
+    assert report.rstrip(" \n=").endswith("traceback : process 1 of 2: KeyError: 'missing'")
+
+
+def test_process_that_is_killed(tmp_path):
+    status, _, err = result(start(tmp_path, "if rank() == 1:\n    os.kill(os.getpid(), signal.SIGKILL)"))
+    assert status == 128 + signal.SIGKILL
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(
+        r"Error: process 0 of 2: lost contact with another process: .*(closed|reset) by peer.*", lines[0]
+    )
+    assert lines[1] == "Error: process 1 of 2 was ended by SIGKILL; is there too little memory?"
+
+
+LOOP = """
+with StopRequest() as stop:
+    say("ready", os.getpid())
+    end = time.time() + 40
+    while time.time() < end and not any_rank(stop.requested is not None)[0]:
+        time.sleep(0.02)
+    stop.accept()
+time.sleep(0.5)
+say("stopped", stop.requested)
+""".strip()
+
+
+def ready(process):
+    """Wait until both processes are in their loops; return their process ids."""
+    lines = [process.stdout.readline().split() for _ in range(2)]
+    return {int(r): int(pid) for r, _, pid in lines}
+
+
+def gone(pid):
+    try:
+        return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_signal_to_the_launcher_reaches_all(tmp_path):
+    process = start(tmp_path, LOOP)
+    pids = ready(process)
+    process.send_signal(signal.SIGUSR1)
+    os.kill(pids[1], signal.SIGUSR1)  # SLURM signals all processes itself, too
+    status, out, err = result(process)
+    assert (status, err) == (0, "")
+    # The first may hear of it from the other one before it gets the signal.
+    out = out.replace("another process", "SIGUSR1")
+    assert sorted(out.splitlines()) == ["0 end", "0 stopped SIGUSR1", "1 end", "1 stopped SIGUSR1"]
+
+
+def test_signal_to_one_process_stops_all(tmp_path):
+    process = start(tmp_path, LOOP, torchrun=True)
+    os.kill(ready(process)[1], signal.SIGTERM)
+    status, out, _ = result(process)
+    assert status == 0
+    assert sorted(out.splitlines()) == ["0 end", "0 stopped another process", "1 end", "1 stopped SIGTERM"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_torchrun_passes_signals_on(tmp_path, number):
+    process = start(tmp_path, LOOP, torchrun=True)
+    ready(process)
+    process.send_signal(number)
+    status, out, _ = result(process)
+    assert status == 1
+    out = out.replace("another process", number.name)
+    assert sorted(out.splitlines()) == [f"{r} {word}" for r in (0, 1) for word in ("end", f"stopped {number.name}")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True], ids=["own", "torchrun"])
+def test_processes_end_when_their_launcher_is_killed(tmp_path, torchrun):
+    process = start(tmp_path, LOOP, torchrun=torchrun)
+    pids = ready(process)
+    process.kill()
+    started = time.monotonic()
+    _, out, err = result(process)
+    assert "stopped" not in out
+    assert "the program that started it is gone" in err
+    assert all(gone(pid) for pid in pids.values())
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_processes_that_got_the_signal_that_ended_torchrun_stop_in_order(tmp_path):
+    process = start(tmp_path, LOOP.replace("time.sleep(0.5)", "time.sleep(8)"), torchrun=True)
+    pids = ready(process)
+    for pid in (process.pid, *pids.values()):
+        os.kill(pid, signal.SIGUSR1)
+    status, out, _ = result(process)
+    assert status == -signal.SIGUSR1
+    out = out.replace("another process", "SIGUSR1")
+    assert sorted(out.splitlines()) == ["0 end", "0 stopped SIGUSR1", "1 end", "1 stopped SIGUSR1"]
+
+
+@pytest.mark.slow
+def test_processes_without_a_launcher(tmp_path):
+    """The first process keeps the store that a launcher would keep."""
+    inside = 'if rank() == 0:\n    raise ValueError("bad on 0")'
+    launcher = start(tmp_path, inside)
+    launcher.kill()
+    launcher.communicate()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    common = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "program"],
+            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in (0, 1)
+    ]
+    errors = [process.communicate(timeout=LIMIT)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, failures.EXIT_LOST_CONTACT]
+    assert errors[0] == "Error: process 0 of 2: bad on 0\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# the launcher
+# --------------------------------------------------------------------------------------------------
+
+
+def run_small(tmp_path, monkeypatch, text, count=3):
+    """Run a program without torch in several processes; return the exit status."""
+    (tmp_path / "small.py").write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{text}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return relaunch(count, ["--key", "a b"], module="small")
+
+
+def test_launcher_sets_the_environment_of_torchrun(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS"]
+    text = f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join([*(os.environ[n] for n in {names}), *sys.argv[1:]]))"
+    assert run_small(tmp_path, monkeypatch, text) == 0
+    for r in range(3):
+        assert (tmp_path / f"{r}").read_text() == f"{r} {r} 3 3 127.0.0.1 2 --key a b"
+
+
+def test_launcher_keeps_the_users_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert run_small(tmp_path, monkeypatch, "sys.exit(int(os.environ['OMP_NUM_THREADS']))", count=1) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("sys.exit(2 if rank == 1 else 0)", 2),
+        # a process that only lost contact is not the reason, even if it ends first
+        (f"time.sleep(0.3 * (rank == 1)); sys.exit(2 if rank == 1 else {failures.EXIT_LOST_CONTACT})", 2),
+        (f"sys.exit({failures.EXIT_LOST_CONTACT})", failures.EXIT_LOST_CONTACT),
+        ("os.kill(os.getpid(), signal.SIGTERM) if rank == 2 else None", 128 + signal.SIGTERM),
+    ],
+)
+def test_exit_status_of_the_launcher(tmp_path, monkeypatch, text, status):
+    assert run_small(tmp_path, monkeypatch, text) == status
+
+
+def test_launcher_ends_processes_that_do_not_end_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    started = time.monotonic()
+    assert run_small(tmp_path, monkeypatch, "sys.exit(2) if rank == 1 else time.sleep(1000)") == 2
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_launcher_passes_signals_on_as_they_are(tmp_path, monkeypatch, number):
+    text = (
+        f"def end(number, frame):\n    open(f'{tmp_path}/got{{rank}}', 'w').write(str(number))\n    sys.exit(0)\n"
+        f"signal.signal({int(number)}, end)\nopen(f'{tmp_path}/ready{{rank}}', 'w')\ntime.sleep(30)\nsys.exit(9)"
+    )
+
+    def send():
+        while len(list(tmp_path.glob("ready*"))) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert run_small(tmp_path, monkeypatch, text) == 0
+    thread.join()
+    assert [int((tmp_path / f"got{r}").read_text()) for r in range(3)] == [number] * 3
+    assert signal.getsignal(number) is before
+
+
+def test_launcher_ignores_what_nohup_ignores(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        thread = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP))
+        thread.start()
+        assert run_small(tmp_path, monkeypatch, "time.sleep(0.8)") == 0
+        thread.join()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "option", "wanted"),
+    [
+        ("auto", 0, None, 1),
+        ("auto", 1, None, 1),
+        ("auto", 4, None, 4),
+        ("cuda", 4, None, 4),
+        ("cuda", 4, 2, 2),
+        ("cuda:1", 4, None, 1),
+        ("cuda:1", 4, 1, 1),
+        ("cpu", 4, None, 1),
+        ("cpu", 4, 8, 8),
+        ("auto", 0, 3, 3),
+    ],
+)
+def test_wanted_processes(monkeypatch, device, count, option, wanted):
+    gpus(monkeypatch, count)
+    assert wanted_processes(device, option) == wanted
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "option", "message"),
+    [
+        ("auto", 2, 3, "--processes: 3 processes need a GPU each, and this machine has 2; set device to cpu"),
+        ("cuda", 0, 2, "--processes: 2 processes need a GPU each, and this machine has 0"),
+        ("cuda:1", 4, 2, "device cuda:1 is one GPU, too few for 2 processes; set device to cuda"),
+        ("cpu", 0, 0, "--processes: 0 is not a number of processes"),
+        ("cpu", 0, -2, "--processes: -2 is not a number of processes"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_be(monkeypatch, device, count, option, message):
+    gpus(monkeypatch, count)
+    with pytest.raises(ConfigError, match=message):
+        wanted_processes(device, option)
+
+
+def test_processes_of_torchrun_do_not_start_others(monkeypatch):
+    gpus(monkeypatch, 4)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert wanted_processes("auto", None) == 1
+    with pytest.raises(ConfigError, match="use its --nproc-per-node"):
+        wanted_processes("auto", 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# alone
+# --------------------------------------------------------------------------------------------------
+
+
+def test_alone_everything_is_trivial():
+    with rank_errors(), process_group("cpu") as local_rank:
+        assert local_rank == 0
+        assert any_rank(True, False) == (True, False)
+        assert gather_objects("a") == ["a"]
+        assert on_rank_zero(lambda: 3) == 3
+        assert agreed(lambda: 4) == 4
+        assert not dist.is_initialized()
+        model = torch.nn.Linear(1, 1)
+        assert processes.distribute(model, torch.device("cpu")) is model
+    with pytest.raises(ValueError, match="as it was"), rank_errors():
+        raise ValueError("as it was")
+
+
+def test_half_an_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = "WORLD_SIZE is 2 in the environment, but LOCAL_RANK is not set"
+    with pytest.raises(ConfigError, match=message), process_group("cpu"):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=message), rank_errors():
+        pass
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "1e300", ""])
+def test_timeout_must_be_minutes(monkeypatch, text):
+    monkeypatch.setenv(processes.TIMEOUT_VARIABLE, text)
+    with pytest.raises(ConfigError, match=f"AIMNET2MULT_TIMEOUT_MINUTES: '{text}' is not a positive number"):
+        processes.step_timeout()
+
+
+def test_timeout(monkeypatch):
+    monkeypatch.delenv(processes.TIMEOUT_VARIABLE, raising=False)
+    assert processes.step_timeout().total_seconds() == 1800
+    monkeypatch.setenv(processes.TIMEOUT_VARIABLE, "2.5")
+    assert processes.step_timeout().total_seconds() == 150
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [
+        ("cuda", 2, "3 processes need a GPU each, and this machine has 2"),
+        ("auto", 1, "3 processes need a GPU each, and this machine has 1"),
+        ("cuda:1", 4, "device: cuda:1 is one GPU for 3 processes; give cuda"),
+    ],
+)
+def test_each_process_needs_a_gpu(monkeypatch, device, count, message):
+    gpus(monkeypatch, count)
+    with pytest.raises(ConfigError, match=message):
+        processes.check_gpus(device, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# what failures mean
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def third_of_eight(monkeypatch):
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5559"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "status"),
+    [
+        (ValueError("wrong"), "user", "wrong", 2),
+        (FileNotFoundError(2, "No such file", "a.h5"), "user", "a.h5: No such file", 2),
+        (click.UsageError("no option"), "user", "no option", 2),
+        (KeyError("x"), "defect", "KeyError: 'x'", 1),
+        (RuntimeError("shapes"), "defect", "RuntimeError: shapes", 1),
+        (RuntimeError(f"{GLOO}. This is typically caused"), "lost", f"lost contact with another process: {GLOO}.", 3),
+        (dist.DistBackendError("NCCL\n error"), "lost", "lost contact with another process: NCCL error", 3),
+        (KeyboardInterrupt(), "interrupt", "interrupted", 130),
+        (SystemExit(5), "exit", "ended with exit status 5", 5),
+        (SystemExit("why"), "exit", "ended with exit status 1", 1),
+        (click.exceptions.Exit(4), "exit", "ended with exit status 4", 4),
+    ],
+)
+@pytest.mark.usefixtures("third_of_eight")
+def test_what_an_error_means(error, kind, message, status):
+    expected = Failure(3, kind, message, f"process 3 of 8: {message}", status, shared=False, reporter=3)
+    assert describe(error) == expected
+
+
+@pytest.mark.usefixtures("third_of_eight")
+def test_what_a_shared_error_means():
+    assert describe(share(ValueError("bad"), 0, alike=True)).text == "bad"
+    failure = describe(share(ValueError("bad"), 5, alike=False))
+    assert (failure.text, failure.reporter, failure.shared) == ("process 3 of 8: bad", 5, True)
+
+
+@pytest.mark.usefixtures("third_of_eight")
+def test_messages_name_the_machine_if_there_are_several(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    assert describe(ValueError("bad")).text == "process 3 of 8 on node7: bad"
+
+
+def failure(rank, kind="user", message="bad", shared=False):
+    return Failure(rank, kind, message, f"process {rank} of 3: {message}", 2, shared, rank)
+
+
+@pytest.mark.parametrize(
+    ("known", "verdict"),
+    [
+        ([failure(2), failure(0), failure(1)], Verdict(0, "bad")),
+        ([failure(2), failure(0)], Verdict(2, "process 2 of 3: bad")),
+        ([failure(2), failure(0), failure(1, message="worse")], Verdict(2, "process 2 of 3: bad")),
+        ([failure(2, "lost"), failure(0, "lost"), failure(1, "defect")], Verdict(1, "process 1 of 3: bad")),
+        ([failure(2, "lost"), failure(0, "lost")], Verdict(2, "process 2 of 3: bad")),
+        ([failure(1, "defect"), failure(0, "defect")], Verdict(1, "process 1 of 3: bad")),
+        ([failure(1, shared=True)], Verdict(1, "process 1 of 3: bad")),
+    ],
+)
+def test_who_reports(monkeypatch, known, verdict):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(failures, "GRACE", 0.1)
+    store = dist.HashStore()
+    for n, one in enumerate(known[1:], 2):
+        store.set(f"failure/{n}", json.dumps(vars(one)))
+    assert Board(store)._verdict(known[0]) == verdict
+    # Those that fail later hear the same.
+    assert Board(store)._verdict(failure(0, "lost")) == verdict
+
+
+class Awkward(ValueError):
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+class AwkwardDefect(RuntimeError):
+    def __init__(self, *, a):
+        super().__init__(f"{a}!")
+
+
+def test_errors_that_do_not_pickle_keep_their_message():
+    error = ConfigError("data.x: wrong")
+    assert processes._portable(error) is error
+    for awkward, kind, message in [
+        (Awkward(1, 2), ValueError, "1 and 2"),
+        (AwkwardDefect(a=1), RuntimeError, "AwkwardDefect: 1!"),
+    ]:
+        portable = processes._portable(awkward)
+        assert (type(portable), str(portable)) == (kind, message)
+
+
+# --------------------------------------------------------------------------------------------------
+# requests to stop
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_request(number):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopRequest() as stop:
+        assert stop.requested is None
+        assert stop_requested() is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == stop_requested() == number.name
+        stop._when -= 2 * ONE_REQUEST
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_second_interrupt_is_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, from the terminal and from the launcher
+        stop._when -= 2 * ONE_REQUEST
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_request_of_another_process():
+    with StopRequest() as stop:
+        stop.accept()
+        assert stop.requested == "another process"
+    os.kill(os.getpid(), signal.SIGTERM)  # comes late, and is the same
+    stop._when -= 2 * ONE_REQUEST
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.accept()
+        assert stop.requested == "SIGTERM"
+        stop._when -= 2 * ONE_REQUEST
+
+
+def test_interrupt_after_another_signal_is_the_first():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop._when -= 2 * ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGTERM"
+
+
+def test_request_that_comes_again_after_the_end_is_one():
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+    terminate = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert got == []
+        stop._when -= 2 * ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert got == [signal.SIGUSR1]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(got) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), terminate, strict=True):
+            signal.signal(number, handler)
+
+
+def test_stop_request_in_another_thread_does_nothing():
+    outcome = []
+
+    def work():
+        with StopRequest() as stop:
+            outcome.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert outcome == [None]
+
+
+def test_readers_outlive_requests():
+    loader = DataLoader(range(8), batch_size=1, num_workers=1, prefetch_factor=1, worker_init_fn=ignore_requests)
+    batches = iter(loader)
+    got = [next(batches).item()]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    got += [batch.item() for batch in batches]
+    assert got == list(range(8))
