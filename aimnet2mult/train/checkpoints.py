@@ -249,7 +249,8 @@ def find_resume(path: str | Path) -> Resume:
     candidates = checkpoints_of(path)
     if not candidates:
         raise CheckpointError(
-            f"{path}: holds no checkpoint to resume from (*_last_iter_*.pt); start the run again, with --overwrite"
+            f"{path}: holds no checkpoint to resume from (*_last_iter_*.pt). Give the folder of a run; one that was "
+            "stopped before its first checkpoint is started again, with --overwrite"
         )
     problems = []
     for candidate in candidates:
