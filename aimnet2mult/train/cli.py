@@ -2,14 +2,11 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import click
 
 from aimnet2mult.utils.cli import UserError, user_errors
-
-if TYPE_CHECKING:
-    pass
 
 EXTRA_PACKAGES = ("ignite", "omegaconf")
 """Modules that training needs beyond what the package always installs."""
@@ -91,7 +88,7 @@ def main(
             click.echo(to_yaml(job.config), nl=False)
             return
         if (count := wanted_processes(job.config.device, processes)) > 1:
-            sys.exit(relaunch(count, sys.argv[1:]))
+            sys.exit(relaunch(count, _without_processes(sys.argv[1:])))
         if dry_run:
             text = rehearse(job, load, overwrite=overwrite)
             if rank == 0:
@@ -105,6 +102,18 @@ def main(
     if result.end.reason == INTERRUPTED:
         click.echo("Interrupted.", err=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _without_processes(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of one of several processes: those given, without the option that asked for several."""
+    left = iter(arguments)
+    kept = []
+    for argument in left:
+        if argument == "--processes":
+            next(left)
+        elif not argument.startswith("--processes="):
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":
