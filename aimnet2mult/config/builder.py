@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -79,9 +80,15 @@ def resolve(name: str, namespaces: Sequence[str] | None = None) -> Any:
             raise ConfigError(f"{name}: needs the package {missing}, which is not installed") from error
         raise ConfigError(f"{name}: there is no module {missing}") from error
     if not hasattr(module, attribute):
-        public = [word for word in dir(module) if not word.startswith("_")]
+        public = [word for word in dir(module) if not word.startswith("_") and _is_own(getattr(module, word), module)]
         raise ConfigError(f"{name}: {module_name} has no {attribute}; {nearest(attribute, public)}")
     return getattr(module, attribute)
+
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    """Whether something that a module holds comes from the same package, and was not imported from another."""
+    home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return str(home or module.__name__).partition(".")[0] == module.__name__.partition(".")[0]
 
 
 def check_kwargs(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:

@@ -14,7 +14,7 @@ override on the command line changes the one value that it names. An entry of th
 import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,12 @@ def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: S
     assert not problems, problems
     packaged = {name: set(config[name].kwargs) for name in ("loss", "optimizer", "scheduler", "metrics")}
     packaged["scheduler"].add("terminate_on_low_lr")
+    names = _entry_names(config)
     if path is not None:
         source = _source(path)
         _apply_class_changes(config, source, packaged)
         _apply(config, source, problems)
+        names = {key: [*dict.fromkeys([*names.get(key, ()), *now])] for key, now in _entry_names(config).items()}
     for override in overrides:
         source = _Source("command line", _parse_override(override, problems), Path.cwd(), deep=True)
         _apply_class_changes(config, source, packaged)
@@ -78,7 +80,7 @@ def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: S
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError("\n".join([*problems, f"{where}{_first_line(error)}"])) from error
     assert isinstance(resolved, TrainConfig)
-    _remove_null_entries(resolved)
+    problems += _remove_null_entries(resolved, names)
     problems += _not_reported(check_config(resolved), problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -98,16 +100,28 @@ def _not_reported(messages: Sequence[str], problems: Sequence[str]) -> list[str]
     return [m for m in messages if not any(key.startswith(f"{m.partition(':')[0]}.") for key in refused)]
 
 
-def _remove_null_entries(config: TrainConfig) -> None:
-    """Remove loss components, metrics and groups of weights that were set to null."""
-    for mapping in (
-        config.loss.kwargs.get("components"),
-        config.metrics.kwargs.get("cfg"),
-        config.optimizer.param_groups,
-    ):
-        if isinstance(mapping, dict):
-            for name in [name for name, entry in mapping.items() if entry is None]:
-                del mapping[name]
+ENTRIES = ("loss.kwargs.components", "metrics.kwargs.cfg", "optimizer.param_groups")
+"""Mappings whose entries are removed by setting them to null."""
+
+
+def _entry_names(config: DictConfig) -> dict[str, list[str]]:
+    """Return the names of the entries of `ENTRIES`."""
+    mappings = {key: OmegaConf.select(config, key, throw_on_missing=False) for key in ENTRIES}
+    return {key: list(map(str, entries or ())) for key, entries in mappings.items() if not isinstance(entries, str)}
+
+
+def _remove_null_entries(config: TrainConfig, names: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Remove entries that were set to null; one that is not among ``names`` was never there, which is a message."""
+    entries = (config.loss.kwargs.get("components"), config.metrics.kwargs.get("cfg"), config.optimizer.param_groups)
+    for key, mapping in zip(ENTRIES, entries, strict=True):
+        if not isinstance(mapping, dict):
+            continue
+        for name in [name for name, entry in mapping.items() if entry is None]:
+            del mapping[name]
+            known = names.get(key, ())
+            if str(name) not in known:
+                hint = f"; {nearest(str(name), known)}" if known else ""
+                yield f"{key}.{name}: null removes an entry, but there is none of this name{hint}"
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

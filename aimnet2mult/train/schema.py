@@ -31,11 +31,11 @@ def option(meaning: str, default: Any = MISSING) -> Any:
 
 @dataclass
 class SAEFilesConfig:
-    """Self-atomic energies that are subtracted from the energies."""
+    """Self-atomic energies (SAE) that are subtracted from the energies, for fidelities without names."""
 
-    files: dict[int, Path] = option("fidelity -> YAML file {Z: eV}, made by aimnet2mult.train.calc_sae")
-    file: Path | None = option("the one SAE file of a run with one dataset")
-    mode: str = option("how energies are referenced: linreg (minus the sum of the atoms' SAE)")
+    files: dict[int, Path] = option("fidelity 0, 1, ... -> YAML file {Z: eV}, made by aimnet2mult.train.calc_sae")
+    file: Path | None = option("the one SAE file of a run with one dataset; null: see files")
+    mode: str = option("how energies are referenced: linreg (minus the sum of the SAE of the atoms)")
 
 
 @dataclass
@@ -49,12 +49,20 @@ class SAEConfig:
 class SamplerKwargsConfig:
     """How batches are drawn."""
 
-    batch_size: int = option("molecules or atoms per batch (all processes together share an epoch), see batch_mode")
-    batch_mode: str = option("what batch_size counts: molecules or atoms")
-    shuffle: bool = option("new random batches in every epoch")
-    batches_per_epoch: int = option("batches of each process in an epoch; -1: as many as the data gives")
-    sampling_strategy: str = option("weighted (by the weights), uniform (every molecule alike), balanced or shares")
-    shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; for sampling_strategy: shares")
+    batch_size: int = option("largest batch of a process, in what batch_mode says; atoms count with padding")
+    batch_mode: str = option("what batch_size counts: atoms or molecules")
+    shuffle: bool = option(
+        "draw at random, anew in every epoch; false: each molecule once per epoch, by size, whatever the strategy"
+    )
+    batches_per_epoch: int = option("batches of each process in an epoch; -1: as many as the draws of an epoch fill")
+    sampling_strategy: str = option(
+        "what an epoch consists of: weighted (weight x number of molecules of each fidelity), uniform (each molecule "
+        "once), balanced (as many of each fidelity), or shares"
+    )
+    shares: dict[str, float] = option(
+        "name of a fidelity -> its share of the drawn molecules, for all fidelities, sum 1; with sampling_strategy: "
+        "shares only"
+    )
     max_padding: float = option("largest share of padding among the atoms of an epoch's batches, in [0, 1)")
 
 
@@ -77,10 +85,10 @@ class SamplersConfig:
 class LoaderConfig:
     """How batches are read."""
 
-    num_workers: int = option("reader processes; 0 reads in the training process")
-    pin_memory: bool = option("page-locked memory for faster copies to a GPU; without one it has no effect")
+    num_workers: int = option("reader processes of each process; 0: the training process reads by itself")
+    pin_memory: bool = option("page-locked memory for faster copies to a GPU; without a GPU it has no effect")
     prefetch_factor: int | None = option("batches that each reader process prepares ahead; null: 2")
-    persistent_workers: bool | None = option("keep the reader processes between epochs; null: yes")
+    persistent_workers: bool | None = option("keep the reader processes between epochs; null: yes, if there are any")
 
 
 @dataclass
@@ -96,26 +104,32 @@ class FidelityConfig:
     """A fidelity with a name."""
 
     files: list[Path] = option("HDF5 files that are one dataset; one name, a list, patterns such as part_*.h5", [])
-    val_files: list[Path] | None = option("the same for validation; null: a split of files", None)
-    weight: float = option("how often its molecules are drawn, relative", 1.0)
-    sae: Path | None = option("YAML file {Z: eV}, made by aimnet2mult.train.calc_sae", None)
+    val_files: list[Path] | None = option("the same for validation; null: a split of files, see val_fraction", None)
+    weight: float = option("how often each of its molecules is drawn, relative to 1; 0: never", 1.0)
+    sae: Path | None = option(
+        "YAML file {Z: eV}, made by aimnet2mult.train.calc_sae; needed unless data.sae is null", None
+    )
     dispersion: Any = option(
-        "what dispersion the labels contain: none, {d3bj: functional or parameters}, {d4: ...}, vv10, unknown", None
+        "what dispersion the labels contain: none, {d3bj: functional or parameters}, {d4: functional}, vv10, unknown; "
+        "null: unknown",
+        None,
     )
     subtract_dispersion: bool = option("take that dispersion off energies and forces as they are read", False)
-    level: str | None = option("level of theory in words, such as wB97M-D3BJ/def2-TZVPP", None)
+    level: str | None = option("level of theory in words, such as wB97M-D3BJ/def2-TZVPP; for people", None)
 
 
 @dataclass
 class DataConfig:
     """Datasets, their references and how batches are made of them."""
 
-    fidelities: dict[str, FidelityConfig] = option("name -> fidelity, in the order of their numbers 0..F-1")
-    fidelity_datasets: dict[int, list[Path]] = option("without names: fidelity 0..F-1 -> HDF5 file or files")
-    fidelity_weights: dict[int, float] = option("fidelity -> how often its molecules are drawn, relative; default 1")
-    val_fidelity_datasets: dict[int, list[Path]] | None = option("fidelity -> file for validation; null: split")
-    sae: SAEConfig | None = option("SAE files; null trains on total energies")
-    val_fraction: float = option("share of each fidelity's molecules used for validation, in [0, 1)")
+    fidelities: dict[str, FidelityConfig] = option("name -> fidelity; the order gives their numbers 0, 1, ...")
+    fidelity_datasets: dict[int, list[Path]] = option("without names: fidelity 0, 1, ... -> HDF5 file or files")
+    fidelity_weights: dict[int, float] = option("fidelity -> how often each of its molecules is drawn; default 1")
+    val_fidelity_datasets: dict[int, list[Path]] | None = option(
+        "fidelity -> file or files for validation; null, and for fidelities that are left out: a split"
+    )
+    sae: SAEConfig | None = option("self-atomic energies; null: the model learns total energies")
+    val_fraction: float = option("share of the molecules of each fidelity without val_files that validate, in [0, 1)")
     val_split_by: str = option(
         "what a split keeps together: molecule (nothing), composition (equal formulas, in all fidelities), or an array "
         "of the files such as mol_id"
@@ -123,8 +137,8 @@ class DataConfig:
     separate_val: bool = option("take the validation molecules out of the training data")
     dispersion_cache: str = option("dispersion to subtract: disk (computed once, beside the data) or none (when read)")
     ddp_load_full_dataset: bool = option("no effect: every process reads from disk what it draws")
-    x: list[str] = option("inputs of the model: coord, numbers, charge, mult")
-    y: list[str] = option("labels that are read; those that a dataset lacks are masked")
+    x: list[str] = option("inputs that are read: coord, numbers, and charge and mult, which are 0 and 1 if left out")
+    y: list[str] = option("labels that are read; molecules that lack one are masked out of its loss and errors")
     samplers: SamplersConfig = field(default_factory=SamplersConfig)
     loaders: LoadersConfig = field(default_factory=LoadersConfig)
 
@@ -133,16 +147,19 @@ class DataConfig:
 class LossConfig:
     """The loss."""
 
-    class_: str = option("dotted name of the loss")
-    kwargs: dict[str, Any] = option("its arguments; components: {name: {fn, weight, kwargs}}")
+    class_: str = option("dotted name of the loss: MTLoss, or MTAdaWLoss, which adapts the weights, or one of yours")
+    kwargs: dict[str, Any] = option(
+        "its arguments; components: {name: {fn, weight, kwargs, fidelity_weights: {fidelity: factor}}}, the weights "
+        "relative to each other"
+    )
 
 
 @dataclass
 class GradClipConfig:
-    """Gradient clipping."""
+    """Gradient clipping, by norm first and by value then."""
 
-    max_norm: float | None = option("largest norm of the gradient of all weights together; null: no clipping")
-    max_value: float | None = option("largest absolute value of a component of the gradient; null: no clipping")
+    max_norm: float | None = option("largest norm of the gradient of all weights together; null: no limit")
+    max_value: float | None = option("largest absolute value of each component of the gradient; null: no limit")
 
 
 @dataclass
@@ -151,8 +168,10 @@ class OptimizerConfig:
 
     class_: str = option("dotted name of the optimiser")
     kwargs: dict[str, Any] = option("its arguments; lr is the base rate")
-    param_groups: dict[str, Any] = option("name -> {re: pattern of weight names, and arguments for these weights}")
-    force_train: list[str] = option("patterns of weight names that are trained although their module says no")
+    param_groups: dict[str, Any] = option(
+        "name -> {re: pattern of weight names, and arguments for these weights, such as lr}; the first match counts"
+    )
+    force_train: list[str] = option("patterns of weight names that are trained although the model keeps them fixed")
     force_no_train: list[str] = option("patterns of weight names that are kept fixed")
     freeze_backbone: bool = option("keep what all fidelities share fixed; their embedding rows and readouts learn")
     freeze_fidelities: list[str] = option("names of fidelities whose embedding rows and readouts are kept fixed")
@@ -169,16 +188,22 @@ class WarmupConfig:
 
 @dataclass
 class SchedulerConfig:
-    """The schedule of the learning rate."""
+    """The schedule of the learning rate; it scales the rate of each group of weights alike."""
 
     class_: str = option("dotted name of an Ignite or PyTorch scheduler")
     kwargs: dict[str, Any] = option(
-        "its arguments, without the optimiser; the word total stands for all steps of the run; metric_name of a "
-        "plateau is a validation metric or {metric: weight}",
+        "its arguments, without the optimiser; the word total stands for all steps of the run, in its unit; "
+        "metric_name of a plateau is a validation metric or {metric: weight}",
         {},
     )
-    terminate_on_low_lr: float | None = option("end the training when the base rate falls below this", None)
-    unit: str | None = option("one step per iteration, epoch or validation; null: Ignite iteration, torch epoch", None)
+    terminate_on_low_lr: float | None = option(
+        "end the training when the base rate, warm-up apart, falls below this; null: never", None
+    )
+    unit: str | None = option(
+        "what a step of the schedule follows: iteration, epoch or validation; null: iteration for Ignite's, epoch for "
+        "PyTorch's, validation for a plateau",
+        None,
+    )
     warmup: WarmupConfig | None = option("growth of the rates at the beginning; null: none", None)
 
 
@@ -193,22 +218,22 @@ class EMAConfig:
 class EarlyStoppingConfig:
     """The end of a training that gets no better."""
 
-    patience: int = option("validations without improvement before the end", 20)
-    min_delta: float = option("smallest decrease that counts as improvement", 0.0)
+    patience: int = option("validations in a row without improvement before the end", 20)
+    min_delta: float = option("smallest decrease that counts as improvement, in the unit of the metric", 0.0)
     monitor: Any = option("validation metric or {metric: weight}, low is good; null: checkpoint.monitor", None)
 
 
 @dataclass
 class TrainerConfig:
-    """The loop."""
+    """The loop; an iteration is a step of the optimiser."""
 
     epochs: int = option("number of epochs")
     accumulate: int = option("batches of each process that make one step of the optimiser")
-    precision: str = option("float32, float64, or bf16 (matrix products of the networks in bfloat16)")
-    ema: EMAConfig | None = option("running average of the weights; null: none")
-    compile: bool = option("compile the evaluation of energies and forces with torch.compile")
+    precision: str = option("float32, float64, or bf16 (matrix products of the networks in bfloat16 while training)")
+    ema: EMAConfig | None = option("running average of the weights; null: none, the weights themselves are saved")
+    compile: bool = option("compile the evaluation of energies and forces in training with torch.compile")
     deterministic: bool = option("refuse operations whose result may differ from run to run (on GPUs)")
-    max_skipped: int = option("steps in a row that may be skipped because loss or gradient is not finite")
+    max_skipped: int = option("steps in a row that may be skipped because loss or gradient is not finite; 0: none")
     early_stopping: EarlyStoppingConfig | None = option("end when validation gets no better; null: never")
 
 
@@ -216,20 +241,22 @@ class TrainerConfig:
 class CheckpointKwargsConfig:
     """How checkpoints are kept."""
 
-    n_saved: int = option("number of checkpoints kept")
-    require_empty: bool = option("refuse a folder that already holds checkpoints of this prefix")
+    n_saved: int = option("number of best checkpoints that are kept (of latest validated ones without save_best)")
+    require_empty: bool = option("refuse a folder that holds checkpoints of this prefix, even with --overwrite")
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints during training."""
+    """Checkpoints during training; a run goes on from any of them."""
 
     dirname: Path = option("folder of the run: settings, log, metrics, checkpoints, report")
     filename_prefix: str = option("start of the checkpoints' names")
-    save_best: bool = option("keep the checkpoints that are best by monitor, and save the best (else the latest)")
+    save_best: bool = option("keep and save the model that is best by monitor; false: the last one")
     monitor: Any = option("validation metric such as loss or ccsd/F_mae, or {metric: weight}; low is good")
-    every_iterations: int | None = option("steps between checkpoints to resume from; null: by time alone")
-    every_minutes: float | None = option("minutes between checkpoints to resume from; null: by steps alone")
+    every_iterations: int | None = option("iterations between checkpoints to resume from; null: by time alone")
+    every_minutes: float | None = option(
+        "minutes between checkpoints to resume from; null: by iterations alone (not both)"
+    )
     keep_last: int = option("number of checkpoints to resume from that are kept, 1 or more")
     kwargs: CheckpointKwargsConfig = field(default_factory=CheckpointKwargsConfig)
 
@@ -238,8 +265,8 @@ class CheckpointConfig:
 class LogFrequencyConfig:
     """How often numbers are logged."""
 
-    train: int = option("iterations between reports of the training loss")
-    val: int | None = option("iterations between validations, besides the one after each epoch; null: none")
+    train: int = option("iterations between reports of training loss, learning rate and speed")
+    val: int | None = option("iterations between validations, besides the one after each epoch; null: no others")
 
 
 @dataclass
@@ -247,8 +274,8 @@ class WandbInitConfig:
     """Arguments of ``wandb.init``."""
 
     name: str | None = option("name of the run; null: run_name", None)
-    mode: str = option("online, offline or disabled", "online")
-    entity: str | None = option("user or team", None)
+    mode: str = option("online (offline where there is no login or no network), offline or disabled", "online")
+    entity: str | None = option("user or team; null: the default one of the account", None)
     project: str | None = option("project; null: project_name", None)
     notes: str | None = option("free text", None)
     group: str | None = option("group of runs", None)
@@ -258,7 +285,7 @@ class WandbInitConfig:
 
 @dataclass
 class WatchModelConfig:
-    """Arguments of ``wandb.watch``."""
+    """Histograms of weights and gradients, as ``wandb.watch`` makes them."""
 
     log: str = option("gradients, parameters or all", "gradients")
     log_freq: int = option("iterations between histograms", 1000)
@@ -267,7 +294,7 @@ class WatchModelConfig:
 
 @dataclass
 class WandbConfig:
-    """Logging to Weights & Biases."""
+    """Logging to Weights & Biases; it never asks and never holds up a run."""
 
     init: WandbInitConfig = field(default_factory=WandbInitConfig)
     watch_model: WatchModelConfig | None = option("histograms of weights and gradients; null: none", None)
@@ -284,34 +311,36 @@ class TensorBoardConfig:
 class MetricsConfig:
     """Validation metrics."""
 
-    class_: str = option("dotted name of the metric")
-    kwargs: dict[str, Any] = option("its arguments; cfg: {property: {abbr, scale, peratom, mult}}")
+    class_: str = option("dotted name of the metric: RegMultiMetric, or a class derived from it")
+    kwargs: dict[str, Any] = option(
+        "its arguments; cfg: {property: {abbr (name in metrics), scale (factor from eV, Å, e), peratom, mult}}"
+    )
 
 
 @dataclass
 class TrainConfig:
     """Everything that a training run is told, apart from the model and the names of files on the command line."""
 
-    run_name: str | None = option("name of the run; null: the time of its start")
-    project_name: str | None = option("name of the project; null: the working folder")
-    seed: int = option("seed of every random choice")
+    run_name: str | None = option("name of the run; null: run_ and the time of its start")
+    project_name: str | None = option("name of the project in Weights & Biases; null: the name of the working folder")
+    seed: int = option("seed of every random choice: initial weights, split, draws; 0 or more")
     device: str = option("auto (a GPU if there is one), cpu, cuda or cuda:N")
-    fidelity_offset: int = option("element type = Z + fidelity x offset")
-    use_fidelity_readouts: bool = option("readouts of their own for every fidelity (else shared)")
+    fidelity_offset: int = option("element type = Z + fidelity x offset; 129 or more")
+    use_fidelity_readouts: bool = option("each fidelity has readouts of its own; false: all share them")
     init_from: dict[str, str] = option(
-        "fidelity -> fidelity of the loaded checkpoint that it starts from; others: same name, else the closest"
+        "fidelity -> fidelity of the checkpoint of --load that it starts from; others: same name, else the closest"
     )
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig | None = option("schedule of the learning rate; null: constant rate")
+    scheduler: SchedulerConfig | None = option("schedule of the learning rate; null: constant rate, no warm-up")
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_frequency: LogFrequencyConfig = field(default_factory=LogFrequencyConfig)
     wandb: WandbConfig | None = option("logging to Weights & Biases; null: none")
     tensorboard: TensorBoardConfig | None = option("logging to TensorBoard; null: none")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    report: bool = option("evaluate the validation data at the end and write report/")
+    report: bool = option("evaluate the saved model on the validation data at the end and write report/")
 
 
 def named_fidelities(config: TrainConfig) -> dict[str, FidelityConfig]:

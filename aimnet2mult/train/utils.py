@@ -18,11 +18,11 @@ from aimnet2mult.config.builder import ConfigError
 def accepted_keywords(target: Callable[..., Any]) -> list[str] | None:
     """Return the keywords that a class or function takes; None if it takes any.
 
-    A class that passes ``**kwargs`` on to its parent takes the parent's keywords too.
+    A class that passes ``**kwargs`` on to its parent takes the parent's keywords too. For a plateau, Ignite's or
+    torch's, they are those of settings: torch's, and ``metric_name``.
     """
-    if target is ReduceLROnPlateauScheduler:
-        own = [name for name in inspect.signature(target).parameters if name != "scheduler_kwargs"]
-        return own + [name for name in inspect.signature(ReduceLROnPlateau).parameters if name not in own]
+    if target in (ReduceLROnPlateauScheduler, ReduceLROnPlateau):
+        return ["metric_name", *inspect.signature(ReduceLROnPlateau).parameters]
     functions = [target]
     if isinstance(target, type):
         functions = [vars(cls)["__init__"] for cls in inspect.getmro(target) if "__init__" in vars(cls)]
