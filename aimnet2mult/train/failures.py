@@ -251,9 +251,16 @@ class Board:
                     # By the same signal, to all of us: the checkpoint may still be on its way.
                     ended = self._closed.wait(LAST_WISH)
                 if not ended:
-                    _say(f"Error: {process_name()}: the program that started it is gone" if launcher_gone else "")
-                    _exit(EXIT_LOST_CONTACT)
+                    self._leave(launcher_gone)
                 return
+
+    def _leave(self, launcher_gone: bool) -> NoReturn:
+        if launcher_gone:
+            _say(f"Error: {process_name()}: the program that started it is gone")
+        with suppress(RuntimeError):
+            if not launcher_gone and self._store.check(["verdict"]):
+                _write_error_file(Verdict(*json.loads(self._store.get("verdict"))).text)
+        _exit(EXIT_LOST_CONTACT)
 
     def end(self, error: BaseException) -> NoReturn:
         """Report the failure of this process, unless another one does, and end it."""

@@ -84,9 +84,8 @@ def relaunch(processes: int, arguments: Sequence[str], module: str = "aimnet2mul
         ended it).
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    cores = len(os.sched_getaffinity(0))
     common = {
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
         **os.environ,
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
