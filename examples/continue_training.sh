@@ -12,6 +12,7 @@ if [ ! -f "$OUT/model.pt" ]; then
 fi
 
 "$PYTHON" -m aimnet2mult.train.cli --model config/model_small.yaml --load "$OUT/model.pt" --save "$OUT/model_dft.pt" \
+    --overwrite \
     data.fidelities.dft.files=data/fid0_dft_train.h5 data.fidelities.dft.sae="$OUT/sae_dft.yaml" \
     data.fidelities.dft.dispersion=none data.val_split_by=composition \
     checkpoint.dirname="$OUT/run_dft" run_name=dft trainer.epochs=10 optimizer.kwargs.lr=5e-4 scheduler=null \

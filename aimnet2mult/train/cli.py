@@ -83,18 +83,18 @@ def main(
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(verbose, rank)
     with rank_errors():
-        job = read_job(config, model, overrides, resume)
+        job = read_job(config, model, overrides, resume, overwrite)
         if print_config:
             click.echo(to_yaml(job.config), nl=False)
             return
         if (count := wanted_processes(job.config.device, processes)) > 1:
             sys.exit(relaunch(count, _without_processes(sys.argv[1:])))
         if dry_run:
-            text = rehearse(job, load, overwrite=overwrite)
+            text = rehearse(job, load)
             if rank == 0:
                 click.echo(text)
             return
-        result = run_training(job, save, load, overwrite=overwrite)
+        result = run_training(job, save, load)
     if rank == 0:
         click.echo(f"{result.folder}: checkpoints, metrics, log")
         if result.saved:

@@ -27,12 +27,12 @@ TRIED = 6
 """Batches of an epoch that are tried: the largest one, and others evenly spaced over the sizes."""
 
 
-def rehearse(job: Job, load: str | Path | None = None, *, overwrite: bool = False) -> str:
+def rehearse(job: Job, load: str | Path | None = None) -> str:
     """Check the data, build everything, try some batches, and estimate memory and time; nothing is written.
 
     Parameters
     ----------
-    job, load, overwrite
+    job, load
         As `runner.run_training` takes them.
 
     Returns
@@ -48,7 +48,7 @@ def rehearse(job: Job, load: str | Path | None = None, *, overwrite: bool = Fals
     config = job.config
     with process_group(config.device) as local_rank, deterministic(config.trainer):
         RunFolder(config.checkpoint.dirname, writes=False).check(
-            overwrite, None if job.resume is None else job.resume.folder
+            job.overwrite, None if job.resume is None else job.resume.folder
         )
         device = pick_device(config.device, local_rank)
         training, _ = build_training(job, device, load)

@@ -255,7 +255,9 @@ class Training:
 
     def asked_end(self) -> End:
         """Return the end that some process was asked for by a signal."""
-        return End(False, next(name for name in gather_objects(self.stop.requested) if name is not None))
+        name = next(name for name in gather_objects(self.stop.requested) if name is not None)
+        self.stop.accept()
+        return End(False, name)
 
     @property
     def sampler(self) -> MixedFidelityBatchSampler:

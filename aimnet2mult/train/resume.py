@@ -69,11 +69,14 @@ class Job:
         ``class`` and ``kwargs`` of the single-fidelity model.
     resume : Resume, optional
         The run to go on with.
+    overwrite : bool
+        Replace an earlier run in the folder.
     """
 
     config: TrainConfig
     model_config: dict[str, Any]
-    resume: Resume | None
+    resume: Resume | None = None
+    overwrite: bool = False
 
 
 def read_job(
@@ -81,6 +84,7 @@ def read_job(
     model: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Job:
     """Read settings and model, of a new run or of one that goes on.
 
@@ -94,6 +98,8 @@ def read_job(
         Settings as ``key=value``.
     resume : str or Path, optional
         Folder of a run or a checkpoint in it, or `AUTO`.
+    overwrite : bool
+        Replace an earlier run in the folder. `AUTO` does so with one that was killed before its first checkpoint.
 
     Raises
     ------
@@ -103,10 +109,10 @@ def read_job(
     if resume == AUTO:
         settings = load_config(config, overrides)
         resume = settings.checkpoint.dirname
-        if not any(resume.glob("*_last_iter_*.pt")):
-            return Job(settings, load_model_config(model), None)
+        if not any(resume.glob("*.pt")):
+            return Job(settings, load_model_config(model), None, overwrite=True)
     if resume is None:
-        return Job(load_config(config, overrides), load_model_config(model), None)
+        return Job(load_config(config, overrides), load_model_config(model), None, overwrite)
     found = find_resume(resume)
     before, model_config = found.content["train_config"], found.content["model_config"]
     settings = load_config(before if config is None else config, overrides)

@@ -81,9 +81,7 @@ class Result:
     records: list[dict[str, Any]]
 
 
-def run_training(
-    job: Job, save: str | Path | None = None, load: str | Path | None = None, *, overwrite: bool = False
-) -> Result:
+def run_training(job: Job, save: str | Path | None = None, load: str | Path | None = None) -> Result:
     """Train a model and save it.
 
     With ``checkpoint.save_best`` the saved model is the best one by ``checkpoint.monitor``, otherwise the last one.
@@ -97,8 +95,6 @@ def run_training(
         Where the model is written; default ``model.pt`` in the folder of the run.
     load : str or Path, optional
         Checkpoint whose weights a new run starts from.
-    overwrite : bool
-        Replace an earlier run in the folder.
 
     Returns
     -------
@@ -117,7 +113,7 @@ def run_training(
         first_process = idist.get_rank() == 0
         folder = RunFolder(config.checkpoint.dirname, writes=first_process)
         check_empty(config)
-        folder.check(overwrite, None if job.resume is None else job.resume.folder)
+        folder.check(job.overwrite, None if job.resume is None else job.resume.folder)
         save = folder.path / "model.pt" if save is None else check_writable(Path(save).absolute())
         training, data = build_training(job, pick_device(config.device, local_rank), load)
         first = None
@@ -128,7 +124,7 @@ def run_training(
         with folder.begin(
             descriptions(job, data),
             log=log,
-            overwrite=overwrite,
+            overwrite=job.overwrite,
             resume=job.resume,
             processes=idist.get_world_size(),
         ):

@@ -63,7 +63,7 @@ def settings(sae, folder, *overrides, fidelities=3):
 
 
 def train(sae, folder, *overrides, fidelities=3, load=None):
-    job = Job(settings(sae, folder, *overrides, fidelities=fidelities), load_model_config(MODEL), None)
+    job = Job(settings(sae, folder, *overrides, fidelities=fidelities), load_model_config(MODEL))
     return run_training(job, folder / "model.pt", load)
 
 
@@ -256,7 +256,7 @@ def named_settings(sae, folder, *overrides, order=("dft", "gfn2"), **changes):
 
 def train_named(sae, folder, *overrides, load=None, **options):
     config = named_settings(sae, folder, *overrides, **options)
-    return run_training(Job(config, load_model_config(MODEL), None), folder / "model.pt", load)
+    return run_training(Job(config, load_model_config(MODEL)), folder / "model.pt", load)
 
 
 @pytest.fixture(scope="module")
@@ -555,9 +555,9 @@ def test_wandb_online_without_a_login_logs_offline(sae, tmp_path, monkeypatch):
 def test_folder_that_must_be_empty(sae, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "r_epoch_0001.pt").touch()
-    job = Job(settings(sae, tmp_path, "checkpoint.kwargs.require_empty=true"), load_model_config(MODEL), None)
+    job = Job(settings(sae, tmp_path, "checkpoint.kwargs.require_empty=true"), load_model_config(MODEL), overwrite=True)
     with pytest.raises(ValueError, match=r"checkpoint\.kwargs\.require_empty: .* holds checkpoints r_\*\.pt"):
-        run_training(job, overwrite=True)
+        run_training(job)
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
@@ -570,7 +570,7 @@ def test_folder_that_cannot_be_made(sae, tmp_path, place):
 def test_weights_of_another_architecture(sae, tmp_path):
     config = settings(sae, tmp_path, fidelities=1)
     with pytest.raises(ValueError, match=r"ref_single\.pt: the checkpoint is of another architecture"):
-        run_training(Job(config, load_model_config(), None), tmp_path / "model.pt", FIXTURES / "ref_single.pt")
+        run_training(Job(config, load_model_config()), tmp_path / "model.pt", FIXTURES / "ref_single.pt")
     assert list(tmp_path.iterdir()) == []
 
 
