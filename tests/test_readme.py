@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "docs/data.md", "benchmarks/README.md"]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "benchmarks/README.md"]
 
 
 def code_blocks(language):
@@ -54,6 +55,19 @@ def test_modules_and_files_that_are_named_exist(page):
         assert (ROOT / script).is_file(), script
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_schedule_in_the_page_on_training_is_valid(fixtures_dir, tmp_path):
+    pytest.importorskip("omegaconf")
+    from aimnet2mult.train.configuration import load_config
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "train.yaml").write_text(textwrap.dedent("  " + settings.lstrip()), encoding="utf-8")
+    files = [f"data.fidelities.dft.files={fixtures_dir / 'tiny_fid0.h5'}", "data.sae=null"]
+    schedule = load_config(tmp_path / "train.yaml", files).scheduler
+    assert schedule.kwargs["T_max"] == "total"
+    assert schedule.warmup.iterations == 1000
 
 
 def test_settings_in_the_page_on_data_are_valid(tmp_path, monkeypatch):
@@ -117,6 +131,7 @@ def test_the_example_from_beginning_to_end(tmp_path):
     from aimnet2mult.models.base import build_model, load_checkpoint, load_weights
     from aimnet2mult.models.jit_wrapper import load_jit_model
     from aimnet2mult.nbops import encode_fidelity
+    from aimnet2mult.tools.compile_jit import compile_model
 
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     short = ["trainer.epochs=1", "data.samplers.train.kwargs.batches_per_epoch=20"]
@@ -129,8 +144,9 @@ def test_the_example_from_beginning_to_end(tmp_path):
     model = build_model(checkpoint["model_config"], checkpoint["num_fidelities"]).eval()
     load_weights(model, checkpoint["model"])
     test = SizeGroupedDataset(ROOT / "examples" / "data" / "fid0_dft_test.h5")
+    without_d3, _ = compile_model(tmp_path / "model.pt", tmp_path / "without_d3", fidelity_level=0)
     deployed = {
-        0: load_jit_model(tmp_path / "no_dispersion" / "model_fid0.jpt"),
+        0: load_jit_model(without_d3),
         1: load_jit_model(tmp_path / "compiled" / "model_fid1.jpt"),
         2: load_jit_model(tmp_path / "compiled" / "model_fid2.jpt"),
     }
