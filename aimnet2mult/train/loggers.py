@@ -385,12 +385,15 @@ class WandbSink:
         settings = _wandb_settings()
         if self._mode == "online" and (reason := wandb_obstacle(wandb.setup(settings).settings)):
             self._go_offline(reason)
+        if self._mode == "offline":
+            _report_nothing()
         try:
             self._run = wandb.init(mode=self._mode, settings=settings, **self._arguments)
         except (wandb.Error, OSError) as error:
             if self._mode == "offline":
                 raise
             self._go_offline(_one_line(error))
+            _report_nothing()
             wandb.teardown()  # which holds the id of the run that did not start
             self._run = wandb.init(mode="offline", settings=settings, **self._arguments)
         self.place = str(Path(self._run.dir).parent)
@@ -429,7 +432,10 @@ class WandbSink:
 
 
 def _wandb_settings() -> Any:
-    """Return settings of wandb with which it neither speaks nor waits for long; an older wandb lacks some of them."""
+    """Return settings of wandb with which it neither speaks nor waits for long.
+
+    A wandb older than 0.31 lacks some of them: there a killed run loses more, and an end without network takes longer.
+    """
     import wandb
 
     wanted: dict[str, Any] = {
@@ -443,6 +449,11 @@ def _wandb_settings() -> Any:
     }
     known = wandb.Settings()
     return wandb.Settings(**{name: value for name, value in wanted.items() if hasattr(known, name)})
+
+
+def _report_nothing() -> None:
+    """Keep wandb's process from reporting on itself: where packets get lost, that holds up the end by 10 s."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def wandb_mode(init: "WandbInitConfig") -> str:

@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,14 +190,14 @@ class Progress:
     enabled : bool
         False on all ranks but the first: nothing is shown.
     terminal : bool, optional
-        Show a bar, and keep the lines from the terminal; by default where stderr is a terminal.
+        Show a bar, and keep the lines from the terminal; by default as `on_terminal` says.
     """
 
     def __init__(self, iterations: int, epochs: int, enabled: bool = True, terminal: bool | None = None) -> None:
         self._iterations = iterations
         self._epochs = epochs
         self._enabled = enabled
-        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._terminal = on_terminal() if terminal is None else terminal
         self._bar: _Bar | None = None
         self._began = time.perf_counter()
         self._first = 0
@@ -231,13 +232,12 @@ class Progress:
         """
         if not self._enabled:
             return
-        facts = describe(numbers, skipped)
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(facts))
+            self._bar.set_postfix_str(", ".join(describe(numbers, skipped, components=False)))
         head = [f"epoch {epoch}/{self._epochs}", f"iteration {iteration}/{self._iterations}"]
         left = self.seconds_left(iteration)
         tail = [] if left is None else [f"ETA {duration(left)}"]
-        logger.info("%s", ", ".join([*head, *facts, *tail]), extra={"is_report": True})
+        logger.info("%s", ", ".join([*head, *describe(numbers, skipped), *tail]), extra={"is_report": True})
 
     def seconds_left(self, iteration: int) -> float | None:
         """Return the time that the rest of the run takes at its speed so far, validation included; None: unknown."""
@@ -274,16 +274,24 @@ class Progress:
         self.close()
 
 
-def describe(numbers: Mapping[str, float], skipped: int = 0) -> list[str]:
-    """Return what is known of the last steps in words: losses, gradient, learning rates, speed."""
+def on_terminal() -> bool:
+    """Whether stderr is a terminal with room for a bar; in containers and batch jobs there are some without a size."""
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
+
+
+def describe(numbers: Mapping[str, float], skipped: int = 0, components: bool = True) -> list[str]:
+    """Return what is known of the last steps in words: losses, gradient, learning rates, speed.
+
+    Without ``components`` the loss is given as a whole, so that the rest fits beside a bar.
+    """
     facts = []
-    components = {
+    losses = {
         name.removeprefix("train/").removesuffix("_loss"): value
         for name, value in numbers.items()
-        if name.startswith("train/") and name.endswith("_loss")
+        if components and name.startswith("train/") and name.endswith("_loss")
     }
     if "train/loss" in numbers:
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in components.items())
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         facts.append(f"loss {numbers['train/loss']:.4g}" + (f" ({parts})" if parts else ""))
     if "train/grad_norm" in numbers:
         facts.append(f"gradient norm {numbers['train/grad_norm']:.3g}")

@@ -1,10 +1,12 @@
 """Loggers: what they are given arrives, in order, and nothing that happens to them reaches the training."""
 
 import importlib.util
+import json
 import logging
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,6 +55,7 @@ def no_login(monkeypatch, tmp_path):
     """A user who has never logged in."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     return tmp_path
@@ -225,6 +228,15 @@ def test_login_in_netrc_is_found_and_a_silent_server_is_named_at_once(no_login, 
     assert time.monotonic() - start < loggers.REACH_TIMEOUT + 1
 
 
+def test_a_server_that_takes_calls_and_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(loggers, "REACH_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        start = time.monotonic()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert "timed out" in wandb_obstacle(SimpleNamespace(base_url=url, api_key=KEY))
+        assert time.monotonic() - start < 2
+
+
 @pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:9:9", "file:///nowhere"])
 def test_a_server_that_cannot_be_one_does_not_answer(url):
     assert "does not answer" in wandb_obstacle(SimpleNamespace(base_url=url, api_key=KEY))
@@ -290,8 +302,6 @@ def read_wandb(folder):
 
 
 def items(found):
-    import json
-
     named = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found}
     return {name: value for name, value in named.items() if name == "_step" or not name.startswith("_")}
 

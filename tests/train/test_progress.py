@@ -1,15 +1,20 @@
 """What a user sees of a run that goes on, and where its time went."""
 
+import fcntl
 import logging
+import os
+import pty
 import re
+import struct
 import sys
+import termios
 import time
 
 import pytest
 import torch
 
 from aimnet2mult.train import progress
-from aimnet2mult.train.progress import Means, Progress, StepTimer, describe, duration, peak_memory
+from aimnet2mult.train.progress import Means, Progress, StepTimer, describe, duration, on_terminal, peak_memory
 from aimnet2mult.train.utils import setup_logging
 
 CPU = torch.device("cpu")
@@ -276,11 +281,10 @@ def test_nothing_on_other_ranks(caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_bar_on_a_terminal_and_lines_in_the_file(package_log, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+def test_bar_on_a_terminal_and_lines_in_the_file(package_log, capsys, tmp_path):
     file = logging.FileHandler(tmp_path / "train.log")
     package_log.addHandler(file)
-    with Progress(9600, 16) as shown:
+    with Progress(9600, 16, terminal=True) as shown:
         shown.start(1100)
         shown.step(3, 1200)
         shown.report(3, 1200, NUMBERS)
@@ -291,7 +295,7 @@ def test_bar_on_a_terminal_and_lines_in_the_file(package_log, capsys, tmp_path, 
     package_log.info("after it")
     shown.close()  # a second time
     file.close()
-    bar = re.search(r"epoch 3/16:  12%\|.*\| 1200/9600, ETA (\d+ (s|min)|\d h \d+ min), loss 0.01234 \(energy", during)
+    bar = re.search(r"epoch 3/16:  12%\|.*\| 1200/9600, ETA (\d+ (s|min)|\d h \d+ min), loss 0.01234, gradient", during)
     assert bar, during
     assert "validation:  12%" in during
     assert "something else" in during
@@ -301,6 +305,22 @@ def test_bar_on_a_terminal_and_lines_in_the_file(package_log, capsys, tmp_path, 
     assert lines[0].startswith(LINE.partition("ETA")[0])
     assert lines[1:] == ["something else", "after it"]
     assert all(not handler.filters or len(handler.filters) == 1 for handler in package_log.handlers)
+
+
+@pytest.mark.parametrize(("rows", "columns", "expected"), [(40, 120, True), (0, 0, False), (0, 120, False)])
+def test_a_terminal_has_room_for_a_bar(rows, columns, expected, monkeypatch):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with open(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert on_terminal() == expected
+    os.close(controller)
+
+
+def test_a_file_is_no_terminal(monkeypatch, tmp_path):
+    with open(tmp_path / "errors", "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert not on_terminal()
 
 
 def test_a_bar_may_run_over(capsys):
