@@ -148,6 +148,9 @@ def _check_early_stopping(config: TrainConfig) -> Iterator[str]:
 def _check_checkpoint(config: TrainConfig) -> Iterator[str]:
     checkpoint = config.checkpoint
     folder, prefix = checkpoint.dirname, checkpoint.filename_prefix
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        yield f"checkpoint.dirname: {existing} is not a folder; name another place for the run"
     if prefix == "":
         yield "checkpoint.filename_prefix: is empty; give the beginning of the checkpoints' names, such as run_name"
     yield from _refusal(Checkpoints, folder, prefix, writes=False)

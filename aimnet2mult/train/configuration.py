@@ -67,7 +67,9 @@ def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: S
         _apply(config, source, problems)
         names = {key: [*dict.fromkeys([*names.get(key, ()), *now])] for key, now in _entry_names(config).items()}
     for override in overrides:
-        source = _Source("command line", _parse_override(override, problems), Path.cwd(), deep=True)
+        key, _, text = override.partition("=")
+        data = _parse_override(override, problems)
+        source = _Source("command line", data, Path.cwd(), deep=True, literal=(key, text))
         _apply_class_changes(config, source, packaged)
         _apply(config, source, problems)
     try:
@@ -167,13 +169,15 @@ def _parse_override(override: str, problems: list[str]) -> dict[Any, Any]:
 class _Source:
     """A mapping of settings, where it comes from, and the folder that its relative paths start from.
 
-    With ``deep`` mappings under ``kwargs`` are merged entry by entry instead of replaced.
+    With ``deep`` mappings under ``kwargs`` are merged entry by entry instead of replaced. ``literal`` is a dotted key
+    with its value as it was typed: a text such as 2026_01 or 1e5, which YAML takes for a number.
     """
 
     where: str
     data: dict[Any, Any]
     folder: Path
     deep: bool = False
+    literal: tuple[str, str] = ("", "")
 
 
 def _apply(config: DictConfig, source: _Source, problems: list[str]) -> None:
@@ -288,6 +292,8 @@ def _set(node: DictConfig, name: Any, value: Any, kind: Any, dotted: str, source
     try:
         if kind == list[Path] and not all(isinstance(entry, str) for entry in value):
             raise TypeError  # lists in lists would be noticed only when all is converted, without their key
+        if kind is str and isinstance(value, int | float) and source.literal[0] == dotted:
+            value = source.literal[1]
         node.merge_with({name: value})
     except (OmegaConfBaseException, TypeError):
         expected = KIND_NAMES.get(kind) or KIND_NAMES.get(typing.get_origin(kind), str(kind))

@@ -1,5 +1,7 @@
 """The settings of a run: what is merged, what is refused and in which words."""
 
+import runpy
+import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -7,8 +9,11 @@ import pytest
 import yaml
 
 from aimnet2mult.train.configuration import DEFAULT_CONFIG, load_config
+from aimnet2mult.train.resume import FREE_SETTINGS
 from aimnet2mult.train.schema import TrainConfig, named_fidelities, to_dict, to_yaml, yaml_key
 
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_configuration_docs.py"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLATEAU = "ignite.handlers.ReduceLROnPlateauScheduler"
 STEP = "torch.optim.lr_scheduler.StepLR"
@@ -40,6 +45,46 @@ def write(path, settings):
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+# --------------------------------------------------------------------------------------------------
+# the list of options
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_is_current():
+    page = DOCS.read_text(encoding="utf-8")
+    script = runpy.run_path(str(SCRIPT))
+    assert script["updated"](page) == page, "run python scripts/make_configuration_docs.py"
+    with pytest.raises(ValueError, match="expected the marks"):
+        script["updated"](page.replace("<!-- end of options -->", ""))
+
+
+def test_the_documentation_has_a_row_for_every_option():
+    def keys(schema, prefix=""):
+        for f, hint in zip(fields(schema), typing.get_type_hints(schema).values(), strict=True):
+            key = prefix + yaml_key(f.name)
+            if not is_dataclass(hint):
+                yield key
+            inner = [kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)]
+            if inner:
+                name = ".{name}" if typing.get_origin(hint) is dict else ""
+                yield from keys(inner[0], f"{key}{name}.")
+
+    rows = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    documented = [line.split("`")[1] for line in rows if line.count(" | ") == 3]
+    expected = list(keys(TrainConfig))
+    assert len(expected) > 100
+    assert sorted(documented) == sorted(expected)
+
+
+def test_defaults_in_the_documentation():
+    page = DOCS.read_text(encoding="utf-8")
+    assert "| `trainer.epochs` | integer | `500` | number of epochs |" in page
+    assert "| `trainer.early_stopping.patience` | integer | `20` | " in page
+    assert "| `checkpoint.dirname` | path | `runs/${run_name}` | " in page
+    for key in FREE_SETTINGS:
+        assert f"\n- `{key.replace('*', '{name}')}`\n" in page
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,6 +160,15 @@ def test_null_removes_an_entry(folder):
     assert list(config.metrics.kwargs["cfg"]) == ["energy", "forces", "spin_charges"]
 
 
+def test_null_for_an_entry_that_is_nowhere_is_refused(folder):
+    (line,) = problems("loss.kwargs.components.charge=null")
+    assert line.startswith("loss.kwargs.components.charge: null removes an entry, but there is none of this name; did")
+    # Entries of the packaged file that a file of settings has replaced are gone already.
+    settings = {"metrics": {"kwargs": {"cfg": {"energy": {"abbr": "E"}}}}}
+    config = load_config(write(folder / "train.yaml", settings), [*files(), "metrics.kwargs.cfg.charges=null"])
+    assert list(config.metrics.kwargs["cfg"]) == ["energy"]
+
+
 def test_another_scheduler_does_not_inherit_the_settings_of_the_packaged_one(folder):
     cosine = ["scheduler.class=torch.optim.lr_scheduler.CosineAnnealingLR", "scheduler.kwargs.T_max=10"]
     scheduler = load_config(None, [*files(), *cosine]).scheduler
@@ -128,6 +182,12 @@ def test_numbers_in_exponent_form_are_numbers(folder):
     config = load_config(None, [*files(), "optimizer.kwargs.lr=1e-3", "optimizer.kwargs.eps=1E-9"])
     assert config.optimizer.kwargs["lr"] == 1e-3
     assert config.optimizer.kwargs["eps"] == 1e-9
+
+
+@pytest.mark.parametrize("text", ["1e5", "2026_01", "007", "yes", "12:30"])
+def test_texts_on_the_command_line_are_as_they_are_typed(folder, text):
+    assert load_config(None, [*files(), f"run_name={text}"]).run_name == text
+    assert load_config(None, [*files(), f"run_name='{text}'"]).run_name == text
 
 
 def test_references_between_keys_and_marks_for_later_work(folder):
@@ -169,6 +229,26 @@ def test_resolved_settings_load_again_and_give_the_same(folder):
     config = load_config(None, [*files(), "wandb.init.tags=[a, b]", "data.fidelity_weights.1=2"])
     again = load_config(write(folder / "resolved.yaml", to_dict(config)))
     assert again == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["scheduler=null", "data.sae=null", "trainer.ema=null"],
+        ["scheduler={class: torch.optim.lr_scheduler.CosineAnnealingLR, kwargs: {T_max: total}, unit: iteration}"],
+        ["scheduler.warmup={}", "scheduler.kwargs.metric_name={fid0/F_mae: 1, val/loss: 0.5}"],
+        ["checkpoint.monitor={fid1/E_rmse: 2}", "trainer.early_stopping={min_delta: 1e-5}", "tensorboard={}"],
+        ["optimizer.class=torch.optim.AdamW", "optimizer.kwargs.betas=[0.9, 0.99]", "wandb.watch_model={}"],
+        ["optimizer.param_groups.a={re: '^afv', lr: 1e-5}", "optimizer.freeze_fidelities=[fid2]"],
+        ["loss.class=aimnet2mult.train.loss.MTAdaWLoss", "loss.kwargs.eta=0.01", "init_from={fid1: dft}"],
+        ["loss.kwargs.components.forces.fidelity_weights={fid1: 0.5}", "metrics.kwargs.cfg.charges=null"],
+    ],
+)
+def test_resolved_settings_of_all_kinds_load_again(folder, changes):
+    config = load_config(None, [*files(), *changes])
+    (folder / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(folder / "resolved.yaml") == config
+    assert load_config(to_dict(config)) == config
 
 
 @pytest.mark.parametrize("name", ["train.yaml", "train_small.yaml"])

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +11,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from aimnet2mult.models.base import DEFAULT_MODEL, load_checkpoint
-from aimnet2mult.train import cli, runner
+from aimnet2mult.train import cli, loop
 from aimnet2mult.train.calc_sae import calc_sae
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -86,13 +88,15 @@ def test_a_run_from_a_file_and_overrides(folder):
     result = call("--config", "train.yaml", "--model", MODEL, "trainer.epochs=1")
     assert result.exit_code == 0, result.output
     assert load_checkpoint("model.pt")["num_fidelities"] == 3
-    assert str(folder / "model.pt") in result.output.splitlines()[-1]
+    assert str(folder / "model.pt") in result.stdout.splitlines()[-1]
     assert (folder / "runs" / "first" / "metrics.csv").is_file()
     again = call(
         "--config", "train.yaml", "--model", MODEL, "--load", "model.pt", "trainer.epochs=1", "run_name=second"
     )
     assert again.exit_code == 0, again.output
-    assert "loaded weights of fidelities 0, 1, 2" in (folder / "runs" / "second" / "train.log").read_text()
+    log = (folder / "runs" / "second" / "train.log").read_text()
+    assert "weights from model.pt" in log
+    assert "rows of fid2" in log
 
 
 def disagreeing_lengths(folder):
@@ -189,25 +193,56 @@ def test_mistakes_end_with_status_2_and_leave_nothing(folder, name):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_save_is_required():
-    result = CliRunner().invoke(cli.main, [])
-    assert result.exit_code == 2
-    assert "--save" in result.output
+def test_print_config_prints_settings_that_load_again(folder):
+    overrides = [
+        "checkpoint.monitor={fid0/F_mae: 1.0, loss: 0.5}",
+        "scheduler.class=torch.optim.lr_scheduler.CosineAnnealingLR",
+        "scheduler.kwargs={T_max: total}",
+        "loss.kwargs.components.spin_charges=null",
+        "wandb.log_frequency.train=7",
+        "run_name=1e5",
+    ]
+    before = sorted(folder.iterdir())
+    first = CliRunner().invoke(cli.main, ["--print-config", *data(), *overrides])
+    assert first.exit_code == 0, first.output
+    assert first.stderr == ""
+    assert sorted(folder.iterdir()) == before
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "train.yaml").write_text(first.stdout)
+    again = CliRunner().invoke(cli.main, ["--print-config", "--config", "elsewhere/train.yaml"])
+    assert again.exit_code == 0, again.output
+    assert again.stdout == first.stdout
+    settings = yaml.safe_load(first.stdout)
+    assert settings["data"]["fidelity_datasets"][1] == [str(folder / "fid1.h5")]
+    assert settings["scheduler"]["kwargs"] == {"T_max": "total"}
+    assert list(settings["loss"]["kwargs"]["components"]) == ["energy", "forces", "charges"]
+    assert (settings["run_name"], settings["log_frequency"]["train"]) == ("1e5", 7)
+    changed = CliRunner().invoke(cli.main, ["--print-config", "--config", "elsewhere/train.yaml", "trainer.epochs=3"])
+    differing = [line for line in changed.stdout.splitlines() if line not in first.stdout.splitlines()]
+    assert differing == ["  epochs: 3"]
+
+
+def test_without_save_the_model_lies_in_the_folder_of_the_run(folder):
+    result = CliRunner().invoke(
+        cli.main, ["--model", MODEL, *data(1), "trainer.epochs=1", "run_name=r", "report=false"]
+    )
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(folder / "runs" / "r" / "model.pt")["num_fidelities"] == 1
 
 
 def test_interruption_saves_and_ends_with_status_130(folder, monkeypatch):
-    validate, calls = runner.validate, []
+    validate, calls = loop.evaluate, []
 
-    def interrupted(evaluator, loader):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
-        return validate(evaluator, loader)
+            signal.raise_signal(signal.SIGINT)
+        return validate(*arguments)
 
-    monkeypatch.setattr(runner, "validate", interrupted)
-    result = call("--model", MODEL, *data(1))
-    assert result.exit_code == 130
-    assert load_checkpoint("model.pt")["progress"]["epoch"] == 1
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    result = call("--model", MODEL, *data(1), "report=false")
+    assert result.exit_code == 130, result.output
+    assert load_checkpoint("model.pt")["progress"]["epoch"] in (1, 2)
 
 
 def test_a_missing_package_is_named_with_the_remedy(folder, monkeypatch):
