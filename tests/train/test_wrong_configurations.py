@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -251,7 +252,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def folder(files, tmp_path, monkeypatch):
-    """Working folder with `files`, in which no dataset can be opened; the package's log is as before afterwards."""
+    """Working folder with `files`, in which no dataset can be opened."""
 
     def opened(*_, **__):
         raise AssertionError("a dataset was opened")
@@ -261,9 +262,16 @@ def folder(files, tmp_path, monkeypatch):
     monkeypatch.setattr(training_data, "open_dataset", opened)
     monkeypatch.setattr(training_data, "load_sae", opened)
     monkeypatch.setattr(h5py, "File", opened)
+    with log_as_before():
+        yield tmp_path
+
+
+@contextmanager
+def log_as_before():
+    """Undo what the command does to the package's log."""
     package, ignite = logging.getLogger("aimnet2mult"), logging.getLogger("ignite")
     before = package.handlers[:], package.level, ignite.level
-    yield tmp_path
+    yield
     package.handlers[:] = before[0]
     package.setLevel(before[1])
     ignite.setLevel(before[2])
@@ -363,7 +371,8 @@ def run(tmp_path_factory):
     calc_sae(folder / "dft.h5", folder / "sae.yaml")
     dataset = [f"data.fidelities.dft.files={folder / 'dft.h5'}", f"data.fidelities.dft.sae={folder / 'sae.yaml'}"]
     settings = ["device=cpu", "trainer.epochs=1", "report=false", f"checkpoint.dirname={folder / 'run'}"]
-    result = CliRunner().invoke(cli.main, ["--model", str(MODEL), *dataset, *settings])
+    with log_as_before():
+        result = CliRunner().invoke(cli.main, ["--model", str(MODEL), *dataset, *settings])
     assert result.exit_code == 0, (result.output, result.exception)
     return folder
 
