@@ -137,7 +137,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         Not YAML, or not a mapping.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'is a folder, not a file of settings' if path.is_dir() else 'no such file'}")
     try:
         data = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:

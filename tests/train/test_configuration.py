@@ -571,6 +571,8 @@ def test_no_dataset(folder):
 def test_files_that_cannot_be_read(folder):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file"):
         load_config("none.yaml")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file of settings"):
+        load_config(folder)
     for text in ("- a\n- b\n", "a: [1\n", "seed: 1\nseed: 2\n", "a: \xff"):
         Path("bad.yaml").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=r"bad\.yaml: "):
