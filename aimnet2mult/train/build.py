@@ -41,8 +41,6 @@ def build_network(config: TrainConfig, model_config: Mapping[str, Any], data: Da
         except CheckpointError as error:
             raise ConfigError(f"{load}: {error}") from error
         logger.info("weights from %s\n%s", load, "\n".join(lines))
-    elif config.init_from:
-        raise ConfigError("init_from: says where fidelities start in a loaded checkpoint; add --load, or remove it")
     return model
 
 

@@ -60,8 +60,8 @@ def main(
     checkpoint and end the program (exit status 0, the trained model is not there yet); go on with --resume. Ctrl-C
     saves the model as it stands, too (exit status 130). Several machines: torchrun -m aimnet2mult.train.cli ...
     """  # noqa: D301 - click wants the control character itself
-    if resume is not None and (load is not None or overwrite):
-        raise UserError(f"--resume: goes on with a run; remove {'--load' if load is not None else '--overwrite'}")
+    if resume is not None and (overwrite or (load is not None and resume != "auto")):
+        raise UserError(f"--resume: goes on with a run; remove {'--overwrite' if overwrite else '--load'}")
     # Threads that wait by spinning make training ten times slower where another program has a core, too. Read by
     # OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -84,6 +84,8 @@ def main(
     setup_logging(verbose, rank)
     with rank_errors():
         job = read_job(config, model, overrides, resume, overwrite)
+        if job.resume is not None:
+            load = None  # --resume auto --load FILE: what the run began with
         if print_config:
             click.echo(to_yaml(job.config), nl=False)
             return

@@ -143,6 +143,14 @@ def check_empty(config: TrainConfig) -> None:
         raise ConfigError(f"checkpoint.kwargs.require_empty: {checkpoint.dirname} holds checkpoints {pattern}")
 
 
+def check_start(job: Job, load: str | Path | None) -> None:
+    """Check what a new run starts from, before data are read; a run that goes on has done with it."""
+    if load is not None and not Path(load).is_file():
+        raise FileNotFoundError(f"--load: {load}: no such file")
+    if job.config.init_from and load is None and job.resume is None:
+        raise ConfigError("init_from: says where fidelities start in a loaded checkpoint; add --load, or remove it")
+
+
 def build_training(job: Job, device: torch.device, load: str | Path | None = None) -> tuple[Training, Data]:
     """Put a run together: data, model, optimiser, schedule, loss, and what records it; nothing is written.
 
@@ -152,6 +160,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         What is wrong with files or settings.
     """
     config, trainer = job.config, job.config.trainer
+    check_start(job, load)
     seed_everything(config.seed)
     data = build_data(config)
     if job.resume is not None:

@@ -574,6 +574,14 @@ def test_weights_of_another_architecture(sae, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_start_is_checked_before_data_are_read(sae, tmp_path, monkeypatch):
+    monkeypatch.delattr(runner, "build_data")
+    with pytest.raises(ValueError, match=r"init_from: says where .*; add --load"):
+        train(sae, tmp_path, "init_from={fid1: fid0}")
+    with pytest.raises(FileNotFoundError, match=r"--load: no\.pt: no such file"):
+        train(sae, tmp_path, load="no.pt")
+
+
 # --------------------------------------------------------------------------------------------------
 # several processes
 # --------------------------------------------------------------------------------------------------

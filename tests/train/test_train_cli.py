@@ -99,6 +99,22 @@ def test_a_run_from_a_file_and_overrides(folder):
     assert "rows of fid2" in log
 
 
+def test_a_run_from_loaded_weights_goes_on(folder):
+    """With what a job script that may be started again says, and by --resume alone."""
+    common = [*data(2), "--model", MODEL, "report=false", "device=cpu"]
+    assert call(*common, "run_name=first", "trainer.epochs=1").exit_code == 0
+    start = ["--load", "model.pt", "init_from={fid1: fid0}", "run_name=second", *common]
+    for epochs in (1, 2):
+        result = call(*start, "--resume", "auto", f"trainer.epochs={epochs}")
+        assert result.exit_code == 0, result.output
+    result = call("--resume", "runs/second", "trainer.epochs=3")
+    assert result.exit_code == 0, result.output
+    log = (folder / "runs" / "second" / "train.log").read_text()
+    assert log.count("fid1 starts from fid0 (init_from)") == 1
+    assert log.count("going on after iteration") == 2
+    assert call(*start, "--resume", "runs/second").exit_code == 2
+
+
 def disagreeing_lengths(folder):
     def change(file):
         group = file["003"]
