@@ -23,6 +23,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -37,11 +38,12 @@ from aimnet2mult.config.builder import ConfigError, nearest
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
 from aimnet2mult.modules import MLP, Forces
+from aimnet2mult.train.engine import BATCH_TYPES
 from aimnet2mult.train.schema import TrainConfig, TrainerConfig
 
 Batch = dict[str, Tensor]
 
-PRECISIONS = ("float32", "float64", "bf16")
+PRECISIONS = tuple(BATCH_TYPES)
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
@@ -151,7 +153,7 @@ def deterministic(config: TrainerConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "deterministic" not in str(error):
+        if "use_deterministic_algorithms" not in str(error):
             raise
         raise ConfigError(
             f"trainer.deterministic: {_first_sentence(error)}. Set trainer.deterministic=false"
@@ -219,9 +221,9 @@ class CompiledForces(Forces):
     """`Forces` compiled with torch.compile: the same call; values and gradients agree up to round-off.
 
     What depends on the data (neighbour lists, which atoms are real and of which fidelity) is found before the graph is
-    entered, and a batch enters it with a place of padding, two molecules and two places for each fidelity at least. So
-    one graph serves batches of all sizes, whichever fidelities they hold; the readouts of a fidelity that is absent
-    get no gradient, as without compilation.
+    entered, and a batch enters it with a place of padding, two molecules and some places for each fidelity at least. So
+    a graph serves batches of all sizes, whichever fidelities they hold; the readouts of a fidelity that is absent get
+    no gradient, as without compilation.
 
     Parameters
     ----------
@@ -242,8 +244,9 @@ class CompiledForces(Forces):
         self.train(forces.training)
         # In a tuple, so that the model's parameters are not listed twice.
         self._network = (_Network(self.model),)
-        self._compiled_results = torch.compile(_results, backend=backend, fullgraph=True, dynamic=True)
-        self._compiled_gradient = torch.compile(_gradient_and_results, backend=backend, fullgraph=True, dynamic=True)
+        options = {"backend": backend, "options": _INDUCTOR if backend == "inductor" else None}
+        self._compiled_results = torch.compile(_results, fullgraph=True, dynamic=True, **options)
+        self._compiled_gradient = torch.compile(_gradient_and_results, fullgraph=True, dynamic=True, **options)
 
     def _with_forces(self, data: Batch) -> Batch:
         return self._run(data, with_forces=True)
@@ -272,7 +275,7 @@ class CompiledForces(Forces):
                 results[self.key_out] = -gradient
             else:
                 results = self._compiled_results(*arguments)
-        kept = {key: _without_padding(key, value, batch) for key, value in results.items()}
+        kept = {key: _without_padding(value, key in model._atom_keys, batch) for key, value in results.items()}
         return nbops.emitted_batch({**batch, **kept}, data, model._atom_keys)
 
 
@@ -296,12 +299,12 @@ def _padded(batch: Batch) -> Batch:
     }
 
 
-def _without_padding(key: str, value: Tensor, batch: Batch) -> Tensor:
+def _without_padding(value: Tensor, atomic: bool, batch: Batch) -> Tensor:
     """Result for the molecules and places of a batch, without what `_padded` added."""
     if nbops.is_flat(batch):
         return value
     n_molecules, n_places = batch["numbers"].shape
-    return value[:n_molecules, :n_places] if nbops.BATCH_KEYS[key].kind == "atom" else value[:n_molecules]
+    return value[:n_molecules, :n_places] if atomic else value[:n_molecules]
 
 
 def _places(model: AIMNet2, batch: Batch) -> list[Tensor]:
@@ -326,11 +329,15 @@ def _gated_weights(model: AIMNet2, places: Sequence[Tensor]) -> dict[str, Tensor
     return weights
 
 
-_GRAPHS = 32
-"""Kinds of batches (dense, flat, of one atom, ...) in training and evaluation for which graphs are made, at most."""
+_INDUCTOR = {"force_pointwise_cat": True, "comprehensive_padding": False}
+"""Tensors kept for the backward are stored as they are in the graph, not inside a concatenation and not padded: the
+compiler takes the strides of such places from the first batch, and a batch of another size ends in an error."""
 
-_SPARE = 2
-"""Places of padding among those of a fidelity, so that their number is never zero or one."""
+_GRAPHS = 256
+"""Graphs at most, for kinds of batches (dense, flat, of one atom, of sums with more than 4096 terms, ...)."""
+
+_SPARE = 32
+"""Places of padding among those of a fidelity: with so few, or none, the compiler would make a graph of its own."""
 
 
 @contextmanager
@@ -343,7 +350,13 @@ def _compiler() -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
     from torch.fx.experimental import _config as symbolic_shapes
 
-    with dynamo.patch(optimize_ddp=False, cache_size_limit=_GRAPHS), symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    with (
+        dynamo.patch(optimize_ddp=False, cache_size_limit=_GRAPHS),
+        symbolic_shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        warnings.catch_warnings(),
+    ):
+        # The compiler looks at the gradients of whatever enters.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor", UserWarning)
         try:
             yield
         except TorchDynamoException as error:
@@ -385,6 +398,11 @@ def accelerated(forces: Forces, config: TrainerConfig) -> Forces:
 def _compiler_problems(device_type: str) -> list[str]:
     compiler = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")
     problems = []
+    if torch.torch_version.TorchVersion(torch.__version__) < _TORCH:
+        problems.append(
+            f"trainer.compile: is tested with torch {_TORCH[0]}.{_TORCH[1]} and later, found {torch.__version__}. "
+            "Update torch, or set trainer.compile=false"
+        )
     if shutil.which(compiler) is None:
         problems.append(
             f"trainer.compile: needs a C++ compiler, and there is no {compiler} (environment variable CXX names "
@@ -394,6 +412,9 @@ def _compiler_problems(device_type: str) -> list[str]:
         problems.append("trainer.compile: needs the package triton on a GPU. Install it, or set trainer.compile=false")
     return problems
 
+
+_TORCH = (2, 13)
+"""What the compiler can do with second derivatives and varying sizes differs from version to version."""
 
 _CXX = {"darwin": "clang++", "win32": "cl"}
 """What torch.compile calls where CXX does not say; elsewhere g++."""
