@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aimnet2mult.config.builder import ConfigError, load_yaml
-from aimnet2mult.evaluation.properties import DISPLAY_UNITS
 from aimnet2mult.nbops import BATCH_KEYS
-from aimnet2mult.utils.units import ENERGY_UNITS
+from aimnet2mult.utils.run_files import SETTINGS
+from aimnet2mult.utils.units import scaled_unit
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,6 @@ STAGES = {"train/loss": "training", "val/loss": "validation"}
 
 ALL = "all"
 """Name of the curve over all fidelities."""
-
-UNIT_TOLERANCE = 1e-3
-"""A scale belongs to a unit of energy if it differs from its factor by a smaller share."""
 
 
 @dataclass
@@ -84,13 +81,8 @@ def metric_units(cfg: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """
     units = {}
     for key, options in cfg.items():
-        unit, scale = BATCH_KEYS[key].unit if key in BATCH_KEYS else "", float(options.get("scale", 1.0))
-        known = {name: 1.0 / ENERGY_UNITS[name] for name in DISPLAY_UNITS}
-        name = next((name for name, factor in known.items() if abs(scale / factor - 1) < UNIT_TOLERANCE), None)
-        if "eV" in unit and name is not None:
-            unit = unit.replace("eV", name)
-        elif scale != 1:
-            unit = f"{unit} × {scale:g}"
+        unit = BATCH_KEYS[key].unit if key in BATCH_KEYS else "units of the data"
+        unit = scaled_unit(unit, float(options.get("scale", 1.0)))
         abbr = options.get("abbr", key)
         units[f"{abbr}_mae"], units[f"{abbr}_per_atom_mae"] = unit, f"{unit}/atom"
     return units
@@ -104,7 +96,7 @@ def units_of_run(folder: Path) -> dict[str, str]:
     ConfigError
         Settings that are no YAML.
     """
-    path = folder / "train.yaml"
+    path = folder / SETTINGS
     if not path.is_file():
         return {}
     settings = load_yaml(path)

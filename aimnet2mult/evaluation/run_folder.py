@@ -1,10 +1,6 @@
-"""What a training run left in its folder, as far as an evaluation needs it: the model, the validation molecules.
-
-The names of the files are those that `aimnet2mult.train` gives them.
-"""
+"""What a training run left in its folder, as far as an evaluation needs it: the model, the validation molecules."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +11,7 @@ from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.data.splits import load_split
-
-MODEL = "model.pt"
-"""The model that a run saves at its end, unless it was told to save it elsewhere."""
-
-BEST = re.compile(r"(?!\.).*_epoch_\d{4,}_iter_(?P<iteration>\d{7,})(_.+_(?P<score>[-+\d.e]+))?\.pt", re.DOTALL)
-LAST = re.compile(r"(?!\.).*_last_iter_(?P<iteration>\d{9,})\.pt", re.DOTALL)
-"""Names of the best checkpoints, with the score by which they were chosen (low is good), and of the newest ones."""
-
-HISTORY = "metrics.jsonl"
+from aimnet2mult.utils.run_files import BEST_NAME, DATA, LAST_NAME, MODEL, SPLIT
 
 
 class Validation(NamedTuple):
@@ -56,12 +44,10 @@ def checkpoint_of_run(folder: Path) -> Path:
         return folder / MODEL
     ranked: list[tuple[float, int, Path]] = []
     for path in folder.glob("*.pt"):
-        match = BEST.fullmatch(path.name)
-        if match:
-            iteration = int(match["iteration"])
-            ranked.append((float(match["score"]), iteration, path) if match["score"] else (np.inf, -iteration, path))
-        elif match := LAST.fullmatch(path.name):
-            ranked.append((np.inf, -int(match["iteration"]), path))
+        best = BEST_NAME.fullmatch(path.name)
+        if match := best or LAST_NAME.fullmatch(path.name):
+            iteration, score = int(match["iteration"]), best and best["score"]
+            ranked.append((float(score), iteration, path) if score else (np.inf, -iteration, path))
     if not ranked:
         raise FileNotFoundError(f"{folder}: no checkpoint of a training run; name a checkpoint or a compiled model")
     return min(ranked)[2]
@@ -81,7 +67,7 @@ def validation_molecules(folder: Path) -> list[Validation]:
     ordered = sorted(recorded.items(), key=lambda item: item[1]["fidelity"])
     names = {f: name for f, (name, _) in enumerate(ordered)}
     sources = {f: _opened(folder, entry["files"], hint) for f, (_, entry) in enumerate(ordered)}
-    _, held_out, _ = load_split(folder / "split.npz", dataset := MixedFidelityDataset(sources), names)
+    _, held_out, _ = load_split(folder / SPLIT, dataset := MixedFidelityDataset(sources), names)
     found = []
     for f, inside in dataset.by_fidelity(held_out).items():
         files = ordered[f][1].get("val_files")
@@ -96,7 +82,7 @@ def validation_molecules(folder: Path) -> list[Validation]:
 
 
 def _data_record(folder: Path, hint: str) -> Mapping[str, Mapping[str, Any]]:
-    path = folder / "data.json"
+    path = folder / DATA
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the validation molecules of the run are not known, {hint}")
     try:

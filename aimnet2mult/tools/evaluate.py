@@ -210,10 +210,10 @@ def pick_device(name: str) -> torch.device:
 def _history(requests: Sequence[Request], path: str | Path | None) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
     """Records of the training and the units of their errors; empty without a history."""
     from aimnet2mult.evaluation.history import learning_curves, read_history, units_of_run
-    from aimnet2mult.evaluation.run_folder import HISTORY
+    from aimnet2mult.utils.run_files import METRICS
 
     if path is None:
-        found = [request.model / HISTORY for request in requests if (request.model / HISTORY).is_file()]
+        found = [request.model / METRICS for request in requests if (request.model / METRICS).is_file()]
         if not found:
             return [], {}
         return read_history(found[0]), units_of_run(found[0].parent)

@@ -12,15 +12,12 @@ from typing import Any
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.models.base import CheckpointError, load_checkpoint
 from aimnet2mult.utils.cli import error_message
+from aimnet2mult.utils.run_files import BEST_NAME, LAST_NAME
 
 logger = logging.getLogger(__name__)
 
 Writer = Callable[[Path], None]
 """Writes a file whole or not at all, under the name that it is given."""
-
-LAST_NAME = re.compile(r"(?P<prefix>[^.].*|)_last_iter_(?P<iteration>\d{9,})\.pt", re.DOTALL)
-BEST_NAME = re.compile(r"(?P<prefix>[^.].*|)_epoch_(?P<epoch>\d{4,})_iter_(?P<iteration>\d{7,})(_.*)?\.pt", re.DOTALL)
-"""Names of checkpoints; that of a temporary file begins with a dot and is neither."""
 
 LONGEST_PREFIX, LONGEST_SCORE_NAME = 120, 50
 """Bytes of these parts of a name; file systems allow 255 in all."""

@@ -18,10 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from aimnet2mult.utils.files import sync_folder, write_text_atomic
+from aimnet2mult.utils.run_files import METRICS, METRICS_TABLE, TIMING
 
 logger = logging.getLogger(__name__)
-
-METRICS, METRICS_TABLE, TIMING = "metrics.jsonl", "metrics.csv", "timing.jsonl"
 
 
 class History:

@@ -25,7 +25,7 @@ from torch import Tensor
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.nbops import BATCH_KEYS, mask_padding, mol_sum
 from aimnet2mult.train.loss import Batch, MTLoss, label_error, label_mask, n_atoms
-from aimnet2mult.utils.units import EV_KCAL_MOL, EV_KJ_MOL
+from aimnet2mult.utils.units import scaled_unit
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,6 @@ PER_ATOM = "energy"
 
 MEASURES = ("mae", "rmse")
 """What is reported of an error."""
-
-ENERGY_UNITS = {"eV": 1.0, "meV": 1000.0, "kcal/mol": EV_KCAL_MOL, "kJ/mol": EV_KJ_MOL}
-"""Units of energy that a property's ``scale`` may stand for: how many make one eV."""
-
-UNIT_TOLERANCE = 1e-3
-"""How far, relatively, a ``scale`` may be from the factor of the unit that it stands for."""
 
 
 class DictMetric(Metric):
@@ -207,11 +201,7 @@ def _error_rows(properties: Mapping[str, Mapping[str, Any]]) -> list[_ErrorRow]:
 
 def _unit(key: str, scale: float) -> str:
     """Return the unit of a property's errors, which are those of the batch times ``scale``."""
-    unit = BATCH_KEYS[key].unit if key in BATCH_KEYS else "units of the data"
-    name = next((name for name, factor in ENERGY_UNITS.items() if abs(scale / factor - 1) < UNIT_TOLERANCE), None)
-    if "eV" in unit and name is not None:
-        return unit.replace("eV", name)
-    return unit if scale == 1 else f"{scale:g} {unit}"
+    return scaled_unit(BATCH_KEYS[key].unit if key in BATCH_KEYS else "units of the data", scale)
 
 
 def error_names(cfg: Mapping[str, Mapping[str, Any]]) -> list[str]:

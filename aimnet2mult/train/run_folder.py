@@ -33,11 +33,23 @@ from typing import Any, TextIO
 
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.train.checkpoints import Checkpoints, Resume, Writer, checkpoints_of, find_resume
-from aimnet2mult.train.history import METRICS, METRICS_TABLE, TIMING, History
+from aimnet2mult.train.history import History
 from aimnet2mult.train.provenance import provenance
 from aimnet2mult.train.utils import log_format
 from aimnet2mult.utils.cli import error_message
 from aimnet2mult.utils.files import check_writable, remove_stale, sync_folder, write_text_atomic
+from aimnet2mult.utils.run_files import (
+    DATA,
+    LOG,
+    METRICS,
+    METRICS_TABLE,
+    MODEL,
+    MODEL_SETTINGS,
+    RUN_RECORD,
+    SETTINGS,
+    SPLIT,
+    TIMING,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -46,20 +58,7 @@ __all__ = ["Checkpoints", "History", "Resume", "RunFolder", "changed_data", "fin
 
 logger = logging.getLogger(__name__)
 
-RUN_RECORD, LOG, MODEL = "run.json", "train.log", "model.pt"
-
-OWN_FILES = (
-    "train.yaml",
-    "model.yaml",
-    "data.json",
-    "split.npz",
-    RUN_RECORD,
-    LOG,
-    METRICS,
-    METRICS_TABLE,
-    TIMING,
-    MODEL,
-)
+OWN_FILES = (SETTINGS, MODEL_SETTINGS, DATA, SPLIT, RUN_RECORD, LOG, METRICS, METRICS_TABLE, TIMING, MODEL)
 """Files of a run, besides its checkpoints."""
 
 MARKS = (RUN_RECORD, METRICS)

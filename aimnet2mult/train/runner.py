@@ -45,6 +45,7 @@ from aimnet2mult.train.schema import TrainConfig, to_dict, to_yaml
 from aimnet2mult.train.stop import StopRequest
 from aimnet2mult.train.utils import pick_device, seed_everything
 from aimnet2mult.utils.files import check_writable, write_text_atomic
+from aimnet2mult.utils.run_files import DATA, MODEL, MODEL_SETTINGS, SETTINGS, SPLIT
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def run_training(job: Job, save: str | Path | None = None, load: str | Path | No
         folder = RunFolder(config.checkpoint.dirname, writes=first_process)
         check_empty(config)
         folder.check(job.overwrite, None if job.resume is None else job.resume.folder)
-        save = folder.path / "model.pt" if save is None else check_writable(Path(save).absolute())
+        save = folder.path / MODEL if save is None else check_writable(Path(save).absolute())
         training, data = build_training(job, pick_device(config.device, local_rank), load)
         first = None
         if job.resume is None:
@@ -392,10 +393,10 @@ def descriptions(job: Job, data: Data) -> dict[str, Callable[[Path], None]]:
     """Return the files that describe a run, and what writes them."""
     config = job.config
     return {
-        "train.yaml": lambda path: write_text_atomic(path, to_yaml(config)),
-        "model.yaml": lambda path: write_text_atomic(path, yaml.safe_dump(job.model_config, sort_keys=False)),
-        "data.json": lambda path: write_text_atomic(path, json.dumps(data.record, indent=1, ensure_ascii=False) + "\n"),
-        "split.npz": lambda path: save_split(
+        SETTINGS: lambda path: write_text_atomic(path, to_yaml(config)),
+        MODEL_SETTINGS: lambda path: write_text_atomic(path, yaml.safe_dump(job.model_config, sort_keys=False)),
+        DATA: lambda path: write_text_atomic(path, json.dumps(data.record, indent=1, ensure_ascii=False) + "\n"),
+        SPLIT: lambda path: save_split(
             path,
             data.train,
             data.held_out,

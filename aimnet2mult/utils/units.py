@@ -82,6 +82,23 @@ SPELLINGS = {
 """Usual spellings of units, in small letters."""
 
 
+SCALE_TOLERANCE = 1e-3
+"""How far, relatively, a scale may be from the factor of the unit that it stands for."""
+
+
+def scaled_unit(unit: str, scale: float) -> str:
+    """Return the unit of numbers in ``unit`` that were multiplied: ``("eV/Å", 23.06)`` -> ``"kcal/mol/Å"``.
+
+    Where no unit of energy or dipole fits, it is what a one then stands for: ``("e·Å²", 2.0)`` -> ``"0.5 e·Å²"``.
+    """
+    for base, known in (("eV", ENERGY_UNITS), ("e·Å", DIPOLE_UNITS)):
+        if base in unit.split("/"):
+            for name, factor in known.items():
+                if abs(scale * factor - 1) < SCALE_TOLERANCE:
+                    return unit.replace(base, name)
+    return unit if scale == 1 else f"{1 / scale:.4g} {unit}"
+
+
 def unit_name(quantity: str, unit: str) -> str:
     """Return the name of a unit as `UNITS` spells it: ``("forces", "kcal/mol/Ang")`` -> ``"kcal/mol/Å"``.
 

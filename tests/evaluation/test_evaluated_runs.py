@@ -30,6 +30,7 @@ NAMES = {0: "dft", 1: "gfn2", 2: "gfn1"}
         ),
         (["r_epoch_0001_iter_0000001_dft_E_mae_-1.5e-03.pt", "r_epoch_0001_iter_0000002_dft_E_mae_0.1.pt"], 0),
         (["r_epoch_0001_iter_0000100.pt", "r_epoch_0002_iter_0000200.pt", "r_last_iter_000000150.pt"], 1),
+        (["r_epoch_0001_iter_0000100_dft_e.pt", "r_epoch_0002_iter_0000200_-.pt"], 1),  # no scores in these
         (["r_last_iter_000000150.pt", "_last_iter_000000250.pt"], 1),
     ],
 )

@@ -65,7 +65,7 @@ def test_units_of_errors_by_the_settings(tmp_path):
     assert units["E_per_atom_mae"] == "kcal/mol/atom"
     assert units["F_mae"] == "meV/Å"
     assert units["q_mae"] == "e"
-    assert units["dipole_mae"] == "e·Å × 2.5"
+    assert units["dipole_mae"] == "0.4 e·Å"
     assert units_of_run(tmp_path) == {}
     (tmp_path / "train.yaml").write_text("metrics: {kwargs: {cfg: {energy: {abbr: E}}}}\n")
     assert units_of_run(tmp_path)["E_mae"] == "eV"

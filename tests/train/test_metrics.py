@@ -258,7 +258,7 @@ def test_units_are_stated_for_every_number():
         "E_per_atom": "kcal/mol/atom",
         "F": "meV/Å",
         "q": "e",
-        "D": "4.8 e·Å",
+        "D": "Debye",
         "stress": "kJ/mol/Å³",
         "volumes": "units of the data",
     }

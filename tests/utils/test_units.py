@@ -1,7 +1,7 @@
 import ase.units
 import pytest
 
-from aimnet2mult.utils.units import UNITS, unit_factor, unit_name
+from aimnet2mult.utils.units import UNITS, scaled_unit, unit_factor, unit_name
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,20 @@ def test_every_name_is_a_spelling_of_itself(quantity, name):
 def test_a_unit_of_something_else_is_refused(quantity, unit):
     with pytest.raises(ValueError, match=f"{unit!r} is not a unit of {quantity}; "):
         unit_factor(quantity, unit)
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale", "expected"),
+    [
+        ("eV", 1, "eV"),
+        ("eV/Å", 23.06, "kcal/mol/Å"),
+        ("eV/Å³", 96.485, "kJ/mol/Å³"),
+        ("eV", 1000.0, "meV"),
+        ("e·Å", 4.803, "Debye"),
+        ("e·Å²", 4.803, "0.2082 e·Å²"),
+        ("e", 2, "0.5 e"),
+        ("eV", 0.5, "2 eV"),
+    ],
+)
+def test_unit_of_scaled_numbers(unit, scale, expected):
+    assert scaled_unit(unit, scale) == expected
