@@ -6,11 +6,9 @@ with the module that compiling embeds. The model at the end of a training is com
 is subtracted, and nothing is added.
 """
 
-import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +24,6 @@ from aimnet2mult.modules import DFTD3, Forces, SelfAtomicEnergies
 from aimnet2mult.nbops import encode_fidelity
 from aimnet2mult.tools.compile_jit import COMMAND_LINE, SUBTRACTED, load_single_fidelity
 
-logger = logging.getLogger(__name__)
-
 COMPILED_SUFFIX = ".jpt"
 """How names of compiled models end; everything else is a checkpoint."""
 
@@ -35,7 +31,17 @@ INPUTS = ("coord", "numbers", "charge", "mult", "cell")
 """Arrays of a dataset that models are given."""
 
 
-class Predictor(ABC):
+Predict = Callable[[Mapping[str, np.ndarray], Collection[str]], dict[str, np.ndarray]]
+"""Predicts properties of molecules of one size.
+
+The first argument holds those of `INPUTS` that the dataset has, (k, ...), plain atomic numbers; the second says which
+properties are wanted (forces cost time). The result is property -> (k, ...) float64, also of others; energies relative
+to the self-atomic energies, eV.
+"""
+
+
+@dataclass
+class Predictor:
     """One fidelity of a model.
 
     Attributes
@@ -48,63 +54,44 @@ class Predictor(ABC):
         Its name.
     species : list of int
         Elements that it knows.
-    sae : dict of int to float
+    sae : mapping of int to float
         Self-atomic energies, eV; energies are predicted relative to them. Empty: nothing is subtracted.
+    predict : callable
+        `Predict`.
     notes : list of str
         What a reader of its errors should know.
     """
 
-    def __init__(
-        self, model: str, fidelity: int, name: str | None, species: Collection[int], sae: Mapping[int, float]
-    ) -> None:
-        self.model, self.fidelity, self.name = model, fidelity, name
-        self.species = sorted(species)
-        self.sae = dict(sae)
-        self.notes: list[str] = []
+    model: str
+    fidelity: int
+    name: str | None
+    species: list[int]
+    sae: Mapping[int, float]
+    predict: Predict
+    notes: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """What to call the fidelity: its name, or its number."""
         return self.name or f"fidelity {self.fidelity}"
 
-    @abstractmethod
-    def predict(self, arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
-        """Predict properties of molecules of one size.
-
-        Parameters
-        ----------
-        arrays : mapping
-            Those of `INPUTS` that the dataset has, (k, ...), plain atomic numbers.
-        keys : collection of str
-            Properties that are wanted; forces cost time.
-
-        Returns
-        -------
-        dict
-            Property -> (k, ...) float64, also of others than ``keys``. Energies relative to ``sae``, eV.
-        """
-
     def reference(self, numbers: np.ndarray) -> np.ndarray:
         """Sum of the self-atomic energies of molecules (k, N) -> (k,), eV."""
-        return sae_energy(numbers, self.sae) if self.sae else np.zeros(len(numbers))
+        return reference_energy(numbers, self.sae)
 
 
-def _tensors(arrays: Mapping[str, np.ndarray], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of a model, floats in its precision."""
-    inputs = {}
-    for key in INPUTS:
-        if key in arrays:
-            kind = torch.int64 if key == "numbers" else dtype
-            inputs[key] = torch.as_tensor(arrays[key]).to(device, kind)
-    return inputs
+def reference_energy(numbers: np.ndarray, sae: Mapping[int, float]) -> np.ndarray:
+    """Sum of self-atomic energies of molecules (k, N) -> (k,), eV; zero if there are none."""
+    return sae_energy(numbers, sae) if sae else np.zeros(len(numbers))
 
 
-def _results(out: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {key: value.detach().to("cpu", torch.float64).numpy() for key, value in out.items()}
-
-
-class TotalPredictor(Predictor):
-    """One fidelity as a function from plain atomic numbers to total energies: compiled, or as it would be compiled.
+def predict_totals(
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    sae: Mapping[int, float],
+) -> Predict:
+    """Predict with a function from plain atomic numbers to total energies: a compiled model, or as it would be.
 
     Parameters
     ----------
@@ -112,72 +99,57 @@ class TotalPredictor(Predictor):
         `DeployableModel` or `aimnet2mult.models.jit_wrapper.JitModel`.
     dtype, device
         Of its weights.
-    model, fidelity, name, species, sae
-        As in `Predictor`.
+    sae : mapping
+        Self-atomic energies, eV.
     """
 
-    def __init__(
-        self,
-        function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-        dtype: torch.dtype,
-        device: torch.device,
-        model: str,
-        fidelity: int,
-        name: str | None,
-        species: Collection[int],
-        sae: Mapping[int, float],
-    ) -> None:
-        super().__init__(model, fidelity, name, species, sae)
-        self.function, self.dtype, self.device = function, dtype, device
-
-    def predict(self, arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`."""
-        out = _results(self.function(_tensors(arrays, self.dtype, self.device)))
-        out["energy"] -= self.reference(arrays["numbers"])
+    def predict(arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
+        out = _results(function(_tensors(arrays, dtype, device)))
+        out["energy"] -= reference_energy(arrays["numbers"], sae)
         return out
 
+    return predict
 
-class TrainedPredictor(Predictor):
-    """One fidelity of a model in memory, which predicts energies relative to the self-atomic energies.
+
+def predict_residuals(forces: Forces, fidelity: int, fidelity_offset: int, inputs: Collection[str]) -> Predict:
+    """Predict with a fidelity of a model in memory, whose energies are relative to the self-atomic energies.
 
     Parameters
     ----------
     forces : Forces
         The model with forces.
-    fidelity_offset : int
-        Distance of the element types of two fidelities.
+    fidelity, fidelity_offset : int
+        Which fidelity; distance of the element types of two.
     inputs : collection of str
         Arrays that it was trained with.
-    model, fidelity, name, species, sae
-        As in `Predictor`.
     """
 
-    def __init__(
-        self,
-        forces: Forces,
-        fidelity_offset: int,
-        inputs: Collection[str],
-        model: str,
-        fidelity: int,
-        name: str | None,
-        species: Collection[int],
-        sae: Mapping[int, float],
-    ) -> None:
-        super().__init__(model, fidelity, name, species, sae)
-        self.forces, self.fidelity_offset, self.inputs = forces, fidelity_offset, set(inputs)
-
-    def predict(self, arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`."""
-        weight = next(self.forces.parameters())
-        data = _tensors({k: v for k, v in arrays.items() if k in self.inputs}, weight.dtype, weight.device)
+    def predict(arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
+        weight = next(forces.parameters())
+        data = _tensors({k: v for k, v in arrays.items() if k in inputs}, weight.dtype, weight.device)
         n_molecules = len(data["numbers"])
         data.setdefault("charge", torch.zeros(n_molecules, dtype=weight.dtype, device=weight.device))
         data.setdefault("mult", torch.ones(n_molecules, dtype=weight.dtype, device=weight.device))
-        data["numbers"] = encode_fidelity(data["numbers"], self.fidelity, self.fidelity_offset)
-        data["_fidelities"] = torch.full((n_molecules,), self.fidelity, device=weight.device)
+        data["numbers"] = encode_fidelity(data["numbers"], fidelity, fidelity_offset)
+        data["_fidelities"] = torch.full((n_molecules,), fidelity, device=weight.device)
         with torch.no_grad():
-            out = self.forces(data, compute_forces="forces" in keys)
+            out = forces(data, compute_forces="forces" in keys)
         return _results({key: value for key, value in out.items() if key not in data and key != "aim"})
+
+    return predict
+
+
+def _tensors(arrays: Mapping[str, np.ndarray], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a model, floats in its precision."""
+    return {
+        key: torch.as_tensor(arrays[key]).to(device, torch.int64 if key == "numbers" else dtype)
+        for key in INPUTS
+        if key in arrays
+    }
+
+
+def _results(out: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {key: value.detach().to("cpu", torch.float64).numpy() for key, value in out.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,32 +157,23 @@ class TrainedPredictor(Predictor):
 # --------------------------------------------------------------------------------------------------
 
 
-class ModelFile(ABC):
+@dataclass
+class ModelFile:
     """A file that holds one fidelity or several.
 
     Attributes
     ----------
     path : Path
         The file.
-    title : str
-        What to call it in a report.
     names : dict of int to str or None
         Number -> name of each fidelity.
+    predictor : callable
+        Number of a fidelity -> it, ready to be evaluated; a ValueError if the file does not hold what is needed.
     """
 
     path: Path
-    title: str
     names: dict[int, str | None]
-
-    @abstractmethod
-    def predictor(self, fidelity: int) -> Predictor:
-        """Return one fidelity, ready to be evaluated.
-
-        Raises
-        ------
-        ValueError
-            The file does not hold what is needed.
-        """
+    predictor: Callable[[int], Predictor]
 
     def choose(self, asked: str | None) -> int:
         """Return the number of the fidelity that a name or number stands for; None if there is only one.
@@ -253,106 +216,57 @@ def open_model(path: str | Path, device: torch.device, title: str | None = None)
         No such file; not a model, or one that does not say enough about itself.
     """
     path = Path(path)
-    kind = CompiledFile if path.suffix == COMPILED_SUFFIX else CheckpointFile
-    return kind(path, device, title or path.name)
+    opened = _compiled if path.suffix == COMPILED_SUFFIX else _checkpoint
+    return opened(path, device, title or path.name)
 
 
-class CompiledFile(ModelFile):
-    """A compiled model; it has one fidelity.
-
-    Parameters
-    ----------
-    path : Path
-        The ``.jpt``.
-    device : torch.device
-        Where to evaluate.
-    title : str
-        What to call it in a report.
-    """
-
-    def __init__(self, path: Path, device: torch.device, title: str) -> None:
-        self.path, self.device, self.title = path, device, title
-        try:
-            self._model = load_jit_model(path, device)
-        except AttributeError as error:
-            raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit ({error})") from error
-        self._metadata = self._model.metadata
-        if "sae" not in self._metadata or not self._model.species:
-            raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit: it has no metadata")
-        self._fidelity = int(self._metadata.get("fidelity_level", 0))
-        self.names = {self._fidelity: self._metadata.get("fidelity_name")}
-
-    def predictor(self, fidelity: int) -> Predictor:
-        """As `ModelFile.predictor`."""
-        assert fidelity == self._fidelity
-        weight = next(self._model.module.parameters())
-        predictor = TotalPredictor(
-            self._model,
-            weight.dtype,
-            self.device,
-            self.title,
-            fidelity,
-            self.names[fidelity],
-            self._model.species,
-            self._metadata["sae"],
+def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
+    """A compiled model; it has one fidelity."""
+    try:
+        model = load_jit_model(path, device)
+    except AttributeError as error:
+        raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit ({error})") from error
+    metadata = model.metadata
+    if "sae" not in metadata or not model.species:
+        raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit: it has no metadata")
+    fidelity, name = int(metadata.get("fidelity_level", 0)), metadata.get("fidelity_name")
+    dtype = next(model.module.parameters()).dtype
+    predict = predict_totals(model, dtype, device, metadata["sae"])
+    predictor = Predictor(title, fidelity, name, sorted(model.species), metadata["sae"], predict)
+    embedded = metadata.get("dispersion") or {}
+    if embedded.get("source") == COMMAND_LINE:
+        text = DispersionLabel.from_dict(embedded).text
+        predictor.notes.append(
+            f"{title} adds {text} to what was learned (--dispersion of compile_jit). Its errors mean something only if "
+            f"the labels contain {text}, too."
         )
-        embedded = self._metadata.get("dispersion") or {}
-        if embedded.get("source") == COMMAND_LINE:
-            text = DispersionLabel.from_dict(embedded).text
-            predictor.notes.append(
-                f"{self.title} adds {text} to what was learned (--dispersion of compile_jit). Its errors mean "
-                f"something only if the labels contain {text}, too."
-            )
-        elif embedded.get("source") == SUBTRACTED:
-            predictor.notes.append(_note_on_dispersion(DispersionLabel.from_dict(embedded), predictor))
-        return predictor
+    elif embedded.get("source") == SUBTRACTED:
+        predictor.notes.append(_note_on_dispersion(DispersionLabel.from_dict(embedded), predictor))
+    return ModelFile(path, {fidelity: name}, {fidelity: predictor}.__getitem__)
 
 
-class CheckpointFile(ModelFile):
-    """A checkpoint that describes itself.
+def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:
+    """A checkpoint; its fidelities are put together as `aimnet2mult.tools.compile_jit` does."""
+    checkpoint = load_checkpoint(path)
+    needed = {"model_config": "the model's configuration", "sae": "self-atomic energies"}
+    absent = [meaning for key, meaning in needed.items() if not checkpoint.get(key)]
+    if absent:
+        raise ValueError(
+            f"{path}: holds weights but not {' and '.join(absent)}. Compile it (tools.compile_jit, with --model "
+            "and --sae) and evaluate the .jpt."
+        )
+    offset = int(checkpoint.get("fidelity_offset", FIDELITY_OFFSET))
+    layout = layout_of_weights(checkpoint["model"], checkpoint, offset)
+    known = checkpoint.get("fidelity_names") or {}
+    names = {f: known.get(f) for f in range(layout.num_fidelities)}
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    device : torch.device
-        Where to evaluate.
-    title : str
-        What to call it in a report.
-
-    Raises
-    ------
-    ValueError
-        It holds weights but not the model's configuration or its self-atomic energies.
-    """
-
-    def __init__(self, path: Path, device: torch.device, title: str) -> None:
-        self.path, self.device, self.title = path, device, title
-        self._checkpoint: dict[str, Any] = load_checkpoint(path)
-        absent = [
-            meaning
-            for key, meaning in (("model_config", "the model's configuration"), ("sae", "self-atomic energies"))
-            if not self._checkpoint.get(key)
-        ]
-        if absent:
-            raise ValueError(
-                f"{path}: holds weights but not {' and '.join(absent)}. Compile it (tools.compile_jit, with --model "
-                "and --sae) and evaluate the .jpt."
-            )
-        offset = int(self._checkpoint.get("fidelity_offset", FIDELITY_OFFSET))
-        self._layout = layout_of_weights(self._checkpoint["model"], self._checkpoint, offset)
-        names = self._checkpoint.get("fidelity_names") or {}
-        self.names = {f: names.get(f) for f in range(self._layout.num_fidelities)}
-
-    def predictor(self, fidelity: int) -> Predictor:
-        """As `ModelFile.predictor`, assembled as `aimnet2mult.tools.compile_jit` does."""
-        checkpoint = self._checkpoint
+    def predictor(fidelity: int) -> Predictor:
         sae = checkpoint["sae"].get(fidelity)
         if not sae:
-            raise ValueError(f"{self.path}: holds no self-atomic energies of fidelity {fidelity}")
+            raise ValueError(f"{path}: holds no self-atomic energies of fidelity {fidelity}")
         species = sorted(checkpoint.get("species", {}).get(fidelity) or sae)
         network = load_single_fidelity(
-            checkpoint, checkpoint["model_config"], fidelity, self._layout.num_fidelities, self._layout.offset
+            checkpoint, checkpoint["model_config"], fidelity, layout.num_fidelities, layout.offset
         )
         network.add_output("self_atomic_energies", SelfAtomicEnergies({z: sae[z] for z in species}))
         ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
@@ -361,14 +275,16 @@ class CheckpointFile(ModelFile):
             subtracted = DispersionLabel.from_dict(ledger["labels"])
             assert subtracted.parameters is not None
             network.add_output("dftd3", DFTD3(**{key: subtracted.parameters[key] for key in ("s6", "s8", "a1", "a2")}))
-        name = self.names[fidelity]
+        name = names[fidelity]
         label = f"fidelity {fidelity}" + (f" ({name})" if name else "")
-        model = DeployableModel(network, species, label).to(self.device).eval()
-        dtype = network.afv.weight.dtype
-        predictor = TotalPredictor(model, dtype, self.device, self.title, fidelity, name, species, sae)
+        model = DeployableModel(network, species, label).to(device).eval()
+        predict = predict_totals(model, network.afv.weight.dtype, device, sae)
+        made = Predictor(title, fidelity, name, species, sae, predict)
         if subtracted is not None:
-            predictor.notes.append(_note_on_dispersion(subtracted, predictor))
-        return predictor
+            made.notes.append(_note_on_dispersion(subtracted, made))
+        return made
+
+    return ModelFile(path, names, predictor)
 
 
 def _note_on_dispersion(subtracted: DispersionLabel, predictor: Predictor) -> str:

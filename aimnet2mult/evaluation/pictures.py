@@ -72,7 +72,7 @@ def _grid(
         for axis, key in zip(row, columns, strict=True):
             if key in comparison.errors and comparison.errors[key].sample.seen:
                 axis.set_title(f"{_wrapped(title)}: {PROPERTIES[key].title}", fontsize=9)
-                axis.tick_params(labelsize=7)
+                axis.tick_params(labelsize=7, which="both")
                 draw(axis, key, comparison.errors[key], units, f"C{i % 10}")
             else:
                 axis.axis("off")

@@ -15,7 +15,7 @@ from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.evaluation import pictures
 from aimnet2mult.evaluation.compare import ATOMS_PER_CALL, Comparison, compare
 from aimnet2mult.evaluation.history import learning_curves
-from aimnet2mult.evaluation.models import TrainedPredictor
+from aimnet2mult.evaluation.models import Predictor, predict_residuals
 from aimnet2mult.evaluation.page import html_page
 from aimnet2mult.evaluation.properties import Units
 from aimnet2mult.evaluation.tables import csv_text, json_text, markdown_text
@@ -120,12 +120,9 @@ def training_report(
     names: Mapping[int, str],
     history: Sequence[Mapping[str, Any]] = (),
     history_units: Mapping[str, str] | None = None,
-    title: str = "Validation",
     about: Mapping[str, str] | None = None,
     unit: str = "eV",
     max_molecules: int = TRAINING_MOLECULES,
-    seed: int = 0,
-    atoms_per_call: int | None = None,
 ) -> Path:
     """Evaluate a trained model on its validation molecules and write ``report/`` into the folder of the run.
 
@@ -147,18 +144,12 @@ def training_report(
         Records of ``metrics.jsonl`` for the learning curves.
     history_units : mapping, optional
         Unit of each error in them by its name without fidelity, ``{"E_mae": "kcal/mol"}``.
-    title : str
-        Heading of the page.
     about : mapping of str to str, optional
         Further lines for its head, such as the file of the model.
     unit : str
         Unit of energy to show, one of `aimnet2mult.evaluation.properties.DISPLAY_UNITS`.
     max_molecules : int
         Evaluate no more than this of each fidelity, drawn at random; the report says so.
-    seed : int
-        Seed of that choice.
-    atoms_per_call : int, optional
-        Atoms in one call of the model; default by device.
 
     Returns
     -------
@@ -182,9 +173,8 @@ def training_report(
             if not len(inside):
                 continue
             sae = {} if dataset.sae is None else dataset.sae[f]
-            predictor = TrainedPredictor(
-                forces, dataset.fidelity_offset, dataset.x, "this run", f, names.get(f), dataset.species[f], sae
-            )
+            predict = predict_residuals(forces, f, dataset.fidelity_offset, dataset.x)
+            predictor = Predictor("this run", f, names.get(f), sorted(dataset.species[f]), sae, predict)
             comparison = compare(
                 predictor,
                 dataset.datasets[f],
@@ -192,11 +182,10 @@ def training_report(
                 inside,
                 labels=dataset.y,
                 max_molecules=max_molecules,
-                seed=seed,
-                atoms_per_call=atoms_per_call or default_atoms_per_call(device),
+                atoms_per_call=default_atoms_per_call(device),
             )
             comparisons.append(comparison)
-    report = Report(title, comparisons, units, dict(about or {}), history, history_units or {})
+    report = Report("Validation", comparisons, units, dict(about or {}), history, history_units or {})
     return report.write(Path(folder) / "report")
 
 

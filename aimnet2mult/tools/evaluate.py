@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from aimnet2mult.utils.cli import user_errors
+from aimnet2mult.utils.cli import OrderedCommand, user_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def requests_in_order(order: Sequence[str], models: Sequence[str], data: Sequenc
     Parameters
     ----------
     order : sequence of str
-        ``"model"`` and ``"data"`` as they came.
+        Names of the options as they came: ``"models"``, ``"data"``, and others.
     models, data : sequence of str
         Their values, each in its order.
 
@@ -77,13 +77,12 @@ def requests_in_order(order: Sequence[str], models: Sequence[str], data: Sequenc
     given: list[list[str]] = [[] for _ in models]
     n_models, next_data = 0, iter(data)
     for name in order:
-        if name == "model":
-            n_models += 1
-            continue
-        value = next(next_data)
-        if n_models == 0 and len(models) > 1:
-            raise ValueError(f"--data {value}: stands before the first --model; each dataset follows its model")
-        given[max(n_models - 1, 0)].append(value)
+        n_models += name == "models"
+        if name == "data":
+            value = next(next_data)
+            if n_models == 0 and len(models) > 1:
+                raise ValueError(f"--data {value}: stands before the first --model; each dataset follows its model")
+            given[max(n_models - 1, 0)].append(value)
     for model, datasets in zip(models, given, strict=True):
         if not datasets and not Path(model).is_dir():
             raise ValueError(f"--model {model}: no --data follows it; only the folder of a run knows its own molecules")
@@ -268,17 +267,7 @@ def _tasks(
     return tasks
 
 
-class InOrder(click.Command):
-    """A command that knows in which order its options came."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Note the order of the options in ``ctx.meta`` besides parsing them."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta[__name__] = [str(parameter.name) for parameter in order]
-        return super().parse_args(ctx, args)
-
-
-@click.command(cls=InOrder, context_settings={"show_default": True})
+@click.command(cls=OrderedCommand, context_settings={"show_default": True})
 @click.option(
     "--model",
     "models",
@@ -310,10 +299,10 @@ class InOrder(click.Command):
     type=click.IntRange(min=1),
     help="Atoms in one call of a model; fewer need less memory.  [default: 2000, on GPUs 20000]",
 )
-@click.pass_context
+@click.pass_obj
 @user_errors
 def main(
-    ctx: click.Context,
+    given: list[str],
     models: tuple[str, ...],
     data: tuple[str, ...],
     fidelity: str | None,
@@ -329,9 +318,8 @@ def main(
     from aimnet2mult.evaluation.tables import markdown_summary
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    order = [{"models": "model"}.get(name, name) for name in ctx.meta[__name__] if name in ("models", "data")]
     comparisons, page = evaluate(
-        requests_in_order(order, models, data),
+        requests_in_order(given, models, data),
         output,
         fidelity=fidelity,
         device=device,

@@ -29,6 +29,16 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
+class OrderedCommand(click.Command):
+    """A command that remembers in which order its options were given: ``ctx.obj``, their names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, and note the order."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.obj = [parameter.name for parameter in order]
+        return super().parse_args(ctx, args)
+
+
 def user_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn the errors of `USER_ERRORS` that a command raises into a message and exit status 2.
 

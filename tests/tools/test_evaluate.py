@@ -139,17 +139,17 @@ def test_several_datasets_and_files_of_one_name(compiled, dataset, tmp_path):
 
 
 def test_each_dataset_belongs_to_the_model_before_it():
-    order = ["model", "data", "data", "model", "data"]
+    order = ["models", "data", "data", "models", "data"]
     found = requests_in_order(order, ["a.pt", "b.jpt"], ["x", "y", "z"])
     assert [(str(request.model), request.data) for request in found] == [("a.pt", ("x", "y")), ("b.jpt", ("z",))]
-    (only,) = requests_in_order(["data", "model", "data"], ["a.pt"], ["x", "y"])
+    (only,) = requests_in_order(["data", "models", "data"], ["a.pt"], ["x", "y"])
     assert only.data == ("x", "y")
     with pytest.raises(ValueError, match=r"--data x: stands before the first --model"):
-        requests_in_order(["data", "model", "model", "data"], ["a", "b"], ["x", "y"])
+        requests_in_order(["data", "models", "models", "data"], ["a", "b"], ["x", "y"])
 
 
 def test_a_folder_needs_no_data(tmp_path):
-    (request,) = requests_in_order(["model"], [str(tmp_path)], [])
+    (request,) = requests_in_order(["models"], [str(tmp_path)], [])
     assert request == Request(tmp_path, ())
 
 
