@@ -21,7 +21,7 @@ import click
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_NAME, FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, TYPES_PER_FIDELITY, element_names
-from aimnet2mult.utils.cli import user_errors
+from aimnet2mult.utils.cli import OrderedCommand, user_errors
 from aimnet2mult.utils.text import element_ranges, text_table
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OPERATIONS = ("add", "drop", "rename", "order", "merge")
-"""What can be done to the list of fidelities."""
+DESCRIPTIONS = ("sae", "species", "fidelity_levels", "dispersion")
+"""Entries of a checkpoint that say something about each of its fidelities, if it is known.
+
+Self-atomic energies {Z: eV}; elements of the training data; level of theory; dispersion in the labels.
+"""
 
 SAE_TOLERANCE = 1e-6
 """eV; self-atomic energies that differ by less are the same."""
@@ -57,14 +60,8 @@ class Fidelity:
         Its rows of each table that the fidelities have in common, that of Z = 0 first.
     readouts : dict of str to Tensor
         Weights of its own readouts by their names inside; of tables, its rows.
-    sae : dict or None
-        Self-atomic energies, {Z: eV}; None if not known.
-    species : list of int or None
-        Elements of its training data.
-    level : str or None
-        Level of theory.
-    dispersion : dict or None
-        ``labels`` and ``subtracted``, as in checkpoints.
+    known : dict
+        What the checkpoint says about it under each of `DESCRIPTIONS`.
     sae_problem : str
         Why its self-atomic energies have to be given.
     """
@@ -73,10 +70,7 @@ class Fidelity:
     origin: str
     tables: dict[str, Tensor]
     readouts: dict[str, Tensor]
-    sae: dict[int, float] | None
-    species: list[int] | None
-    level: str | None
-    dispersion: dict[str, Any] | None
+    known: dict[str, Any]
     sae_problem: str = ""
 
 
@@ -158,7 +152,8 @@ def take_apart(
     weights = {key: value for key, value in checkpoint["model"].items() if key not in copies}
     layout = layout_of_weights(weights, checkpoint, default_offset)
     heads = layout.heads if layout.num_fidelities > 1 else bool(checkpoint.get("use_fidelity_readouts", True))
-    own_readouts = _own_readouts(model_config) if heads and model_config is not None else None
+    only = heads and layout.num_fidelities == 1  # a plain model, whose readouts may become those of a fidelity
+    own_readouts = _own_readouts(model_config) if only and model_config is not None else None
 
     common: dict[str, Tensor] = {}
     padding: dict[str, Tensor] = {}
@@ -167,7 +162,7 @@ def take_apart(
     for key, value in weights.items():
         match = HEAD_KEY.fullmatch(key)
         owner, name = (int(match[1]), match[2]) if match else (None, key)
-        if heads and layout.num_fidelities == 1 and key.startswith("outputs."):
+        if only and key.startswith("outputs."):
             name = key.partition(".")[2]
             if own_readouts is None or name.partition(".")[0] in own_readouts:
                 owner = 0
@@ -182,22 +177,12 @@ def take_apart(
         else:
             common[name] = value
 
-    described = {key: checkpoint.get(key) or {} for key in ("sae", "species", "fidelity_levels", "dispersion")}
-    fidelities = [
-        Fidelity(
-            name=name,
-            origin=f"{name} ({f})",
-            tables=tables[f],
-            readouts=readouts[f],
-            sae=described["sae"].get(f),
-            species=described["species"].get(f),
-            level=described["fidelity_levels"].get(f),
-            dispersion=described["dispersion"].get(f),
-        )
-        for f, name in names_in_checkpoint(checkpoint, layout.num_fidelities).items()
-    ]
+    fidelities = []
+    for f, name in names_in_checkpoint(checkpoint, layout.num_fidelities).items():
+        about = {key: checkpoint[key][f] for key in DESCRIPTIONS if f in (checkpoint.get(key) or {})}
+        fidelities.append(Fidelity(name, f"{name} ({f})", tables[f], readouts[f], about))
     config = None if model_config is None else copy.deepcopy(dict(model_config))
-    known = layout.num_fidelities > 1 or own_readouts is not None or not heads
+    known = own_readouts is not None or not only
     parts = Parts(common, padding, fidelities, layout.offset, heads, config, known)
     if copies:
         parts.notes.append(f"{len(copies)} copies of readouts, which the model does not use, are left out")
@@ -236,8 +221,8 @@ def add(parts: Parts, text: str) -> None:
         raise ValueError("--model: the checkpoint does not hold its model configuration; give the YAML file")
     parts.fidelities.append(replace(source, name=new, origin=f"copy of {source.origin}"))
     parts.notes.append(
-        f"{new} predicts what {old} does until it is trained; its self-atomic energies, elements, level and dispersion "
-        f"are those of {old}"
+        f"{new} predicts what {old} does until it is trained; self-atomic energies, elements, level and dispersion are "
+        f"copied from {old}"
     )
 
 
@@ -321,7 +306,7 @@ def _mean(name: str, members: Sequence[Fidelity], shares: Sequence[float], notes
     """Weighted mean of fidelities; what they are described by is kept where they agree."""
     from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 
-    trained = [member.species for member in members]
+    trained = [member.known.get("species") for member in members]
     tables = {
         key: _mean_of_rows([member.tables[key] for member in members], shares, trained) for key in members[0].tables
     }
@@ -329,27 +314,21 @@ def _mean(name: str, members: Sequence[Fidelity], shares: Sequence[float], notes
     for key in members[0].readouts:
         values = [member.readouts[key] for member in members]
         readouts[key] = _mean_of_rows(values, shares, trained) if is_type_table(key) else _mean_of(values, shares)
-    levels = {member.level for member in members}
+    levels = {member.known.get("fidelity_levels") for member in members}
     if len(levels) > 1:
         notes.append(f"{name}: the level of theory is left out, the merged fidelities have different ones")
     sae, problem = _common_sae(name, members)
     if sae is None and not problem:
         notes.append(f"{name}: without self-atomic energies, since not all of the merged fidelities have them")
-    species = None
-    if all(numbers is not None for numbers in trained):
-        species = sorted({z for numbers in trained for z in numbers or []})
+    known = {
+        "sae": sae,
+        "species": None if None in trained else sorted({z for numbers in trained for z in numbers or ()}),
+        "fidelity_levels": levels.pop() if len(levels) == 1 else None,
+        "dispersion": _common_dispersion(name, members, notes),
+    }
     origin = " + ".join(f"{share:.3g} {member.origin}" for share, member in zip(shares, members, strict=True))
-    return Fidelity(
-        name,
-        origin,
-        tables,
-        readouts,
-        sae,
-        species,
-        level=levels.pop() if len(levels) == 1 else None,
-        dispersion=_common_dispersion(name, members, notes),
-        sae_problem=problem,
-    )
+    stated = {key: value for key, value in known.items() if value is not None}
+    return Fidelity(name, origin, tables, readouts, stated, problem)
 
 
 def _mean_of(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -386,9 +365,9 @@ def _common_sae(name: str, members: Sequence[Fidelity]) -> tuple[dict[int, float
     for member in members:
         if member.sae_problem:
             return None, member.sae_problem
-        if member.sae is None:
+        if "sae" not in member.known:
             return None, ""
-        for z, energy in member.sae.items():
+        for z, energy in member.known["sae"].items():
             if abs(result.setdefault(z, energy) - energy) > SAE_TOLERANCE:
                 return None, (
                     f"the self-atomic energies of {element_names([z])} of the fidelities merged into {name} differ: "
@@ -399,7 +378,7 @@ def _common_sae(name: str, members: Sequence[Fidelity]) -> tuple[dict[int, float
 
 def _common_dispersion(name: str, members: Sequence[Fidelity], notes: list[str]) -> dict[str, Any] | None:
     """What dispersion the labels of all members contain."""
-    entries = [member.dispersion for member in members]
+    entries: list[dict[str, Any] | None] = [member.known.get("dispersion") for member in members]
     if all(entry == entries[0] for entry in entries):
         return entries[0]
     if any(entry is not None and entry["subtracted"] for entry in entries):
@@ -473,22 +452,8 @@ def _table_length(parts: Parts) -> int:
 # the command
 # --------------------------------------------------------------------------------------------------
 
-DESCRIPTION = (
-    "format_version",
-    "model",
-    "model_config",
-    "num_fidelities",
-    "fidelity_offset",
-    "use_fidelity_readouts",
-    "fidelity_names",
-    "fidelity_levels",
-    "sae",
-    "species",
-    "dispersion",
-    "versions",
-    "edits",
-)
-"""Entries of a checkpoint that an edited one has, too."""
+ACTIONS = {"add": add, "drop": drop, "rename": rename, "order": order, "merge": merge}
+"""What can be done to the list of fidelities."""
 
 LEFT_OUT = {
     "training": "the state of its training (optimiser, schedule, ...), which fits the old weights only",
@@ -496,7 +461,7 @@ LEFT_OUT = {
     "progress": "where in its training it was written",
     "data": "the record of the data that it was trained on",
 }
-"""Entries that it does not have, in words."""
+"""Entries of a checkpoint that an edited one does not have, in words."""
 
 
 def edit_fidelities(
@@ -516,7 +481,7 @@ def edit_fidelities(
     checkpoint, output : str or Path
         What is read, and what is written; may be the same with ``overwrite``.
     operations : sequence of (str, str)
-        Name of an operation, one of `OPERATIONS`, and its argument, carried out in this order.
+        Name of an operation, one of `ACTIONS`, and its argument, carried out in this order.
     sae : mapping, optional
         {name of a fidelity of the result: YAML file with its self-atomic energies}.
     model : str or Path, optional
@@ -537,7 +502,7 @@ def edit_fidelities(
         Operations that are not possible, weights that do not fit the model file, files that are missing or cannot be
         written; nothing is written then.
     """
-    from aimnet2mult.models.base import load_checkpoint, save_checkpoint
+    from aimnet2mult.models.base import build_model, load_checkpoint, load_weights, save_checkpoint
     from aimnet2mult.utils.files import check_writable
 
     if Path(output).exists() and not overwrite:
@@ -550,10 +515,7 @@ def edit_fidelities(
     _give_sae(parts, sae or {})
     weights = put_together(parts)
     if parts.model_config is not None:
-        _check_fit(parts, weights)
-    for key in content:
-        if key not in DESCRIPTION:
-            parts.notes.append(f"left out: {LEFT_OUT.get(key, f'the entry {key}')}")
+        load_weights(build_model(parts.model_config, len(parts.fidelities), parts.offset, parts.heads), weights)
     edits = [*content.get("edits", []), *(f"--{name} {argument}" for name, argument in operations)]
     numbered = dict(enumerate(parts.fidelities))
     save_checkpoint(
@@ -564,17 +526,12 @@ def edit_fidelities(
         fidelity_offset=parts.offset,
         use_fidelity_readouts=parts.heads,
         fidelity_names={f: fidelity.name for f, fidelity in numbered.items()},
-        fidelity_levels={f: fidelity.level for f, fidelity in numbered.items() if fidelity.level is not None},
-        sae={f: fidelity.sae for f, fidelity in numbered.items() if fidelity.sae is not None},
-        species={f: fidelity.species for f, fidelity in numbered.items() if fidelity.species is not None},
-        dispersion={f: fidelity.dispersion for f, fidelity in numbered.items() if fidelity.dispersion is not None},
         extra={"edits": edits},
+        **{key: {f: about.known[key] for f, about in numbered.items() if key in about.known} for key in DESCRIPTIONS},
     )
+    gone = content.keys() - load_checkpoint(output).keys()
+    parts.notes += [f"left out: {LEFT_OUT.get(key, f'the entry {key}')}" for key in content if key in gone]
     return parts
-
-
-ACTIONS = {"add": add, "drop": drop, "rename": rename, "order": order, "merge": merge}
-"""What each of `OPERATIONS` does."""
 
 
 def _model_config(checkpoint: Mapping[str, Any], path: str | Path | None) -> dict[str, Any] | None:
@@ -593,10 +550,9 @@ def _offset(checkpoint: Mapping[str, Any], given: int | None) -> int:
     known = checkpoint.get("fidelity_offset")
     if given is not None and known is not None and given != known:
         raise ValueError(f"--fidelity-offset {given}: the checkpoint says {known}; leave the option out")
-    offset = given or known or FIDELITY_OFFSET
-    if offset < TYPES_PER_FIDELITY:
-        raise ValueError(f"--fidelity-offset: must be at least {TYPES_PER_FIDELITY}, found {offset}")
-    return int(offset)
+    if given is not None and given < TYPES_PER_FIDELITY:
+        raise ValueError(f"--fidelity-offset: must be at least {TYPES_PER_FIDELITY}, found {given}")
+    return int(given or known or FIDELITY_OFFSET)
 
 
 def _give_sae(parts: Parts, files: Mapping[str, str | Path]) -> None:
@@ -606,21 +562,15 @@ def _give_sae(parts: Parts, files: Mapping[str, str | Path]) -> None:
     for name, path in files.items():
         fidelity = parts.find(name, "--sae")
         energies = load_sae(path)
-        if absent := [z for z in fidelity.species or [] if z not in energies]:
+        if absent := [z for z in fidelity.known.get("species", []) if z not in energies]:
             raise ValueError(f"--sae: {path} has no energy of {element_names(absent)}, which {name} was trained on")
-        parts.fidelities[parts.fidelities.index(fidelity)] = replace(fidelity, sae=energies, sae_problem="")
+        parts.fidelities[parts.fidelities.index(fidelity)] = replace(
+            fidelity, known={**fidelity.known, "sae": energies}, sae_problem=""
+        )
         parts.notes.append(f"{name}: self-atomic energies from {path}")
     for fidelity in parts.fidelities:
         if fidelity.sae_problem:
             raise ValueError(f"--sae: {fidelity.sae_problem}; give those of the result with --sae {fidelity.name}=FILE")
-
-
-def _check_fit(parts: Parts, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not those of a model with the configuration; where that is known."""
-    from aimnet2mult.models.base import build_model, load_weights
-
-    assert parts.model_config is not None
-    load_weights(build_model(parts.model_config, len(parts.fidelities), parts.offset, parts.heads), weights)
 
 
 def report(parts: Parts) -> str:
@@ -628,26 +578,15 @@ def report(parts: Parts) -> str:
     from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 
     count = len(parts.fidelities)
-    rows = []
+    rows: list[tuple[str | int, ...]] = []
     for f, fidelity in enumerate(parts.fidelities):
-        tables = (value[1:TYPES_PER_FIDELITY] for key, value in fidelity.readouts.items() if is_type_table(key))
-        own = sum(value.numel() for key, value in fidelity.readouts.items() if not is_type_table(key))
-        dispersion = "not known"
-        if fidelity.dispersion is not None:
-            dispersion = _dispersion_text(fidelity.dispersion)
-        rows.append(
-            (
-                str(f),
-                fidelity.name,
-                fidelity.origin,
-                int(fidelity.tables["afv.weight"][1:TYPES_PER_FIDELITY].numel()),
-                own + sum(rows.numel() for rows in tables),
-                "not known" if fidelity.species is None else element_ranges(fidelity.species),
-                "yes" if fidelity.sae is not None else "no",
-                fidelity.level or "-",
-                dispersion,
-            )
-        )
+        own = (v[1:TYPES_PER_FIDELITY] if is_type_table(key) else v for key, v in fidelity.readouts.items())
+        known = fidelity.known
+        elements = element_ranges(known["species"]) if "species" in known else "not known"
+        dispersion = _dispersion_text(known["dispersion"]) if "dispersion" in known else "not known"
+        about = elements, "yes" if "sae" in known else "no", known.get("fidelity_levels", "-"), dispersion
+        n_rows = fidelity.tables["afv.weight"][1:TYPES_PER_FIDELITY].numel()
+        rows.append((str(f), fidelity.name, fidelity.origin, n_rows, sum(v.numel() for v in own), *about))
     header = ("", "name", "from", "embedding", "own readouts", "elements", "SAE", "level", "dispersion in labels")
     kind = f"{count} fidelities, readouts {'of each' if parts.heads else 'for all'}"
     common = sum(value.numel() for value in parts.common.values())
@@ -660,16 +599,6 @@ def _dispersion_text(entry: Mapping[str, Any]) -> str:
 
     text = DispersionLabel.from_dict(entry["labels"]).text
     return f"{text}, subtracted" if entry["subtracted"] else text
-
-
-class OrderedCommand(click.Command):
-    """A command that remembers in which order its options were given: ``ctx.obj``, their names."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, and note the order."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.obj = [parameter.name for parameter in order]
-        return super().parse_args(ctx, args)
 
 
 @click.command(cls=OrderedCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -715,7 +644,7 @@ def main(
     """  # noqa: D301 - click wants the control character itself
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     waiting = {name: iter(values) for name, values in arguments.items()}
-    operations = [(name, next(waiting[name])) for name in given if name in OPERATIONS]
+    operations = [(name, next(waiting[name])) for name in given if name in ACTIONS]
     if info:
         if operations or output is not None:
             raise ValueError("--info: only shows IN.pt; leave out OUT.pt and operations")

@@ -57,7 +57,7 @@ def checkpoint(tmp_path, config, heads):
         sae=SAE,
         species={0: [1, 6, 8], 1: [1, 8], 2: [1, 6, 8]},
         dispersion={f: {"labels": label, "subtracted": False} for f in range(3)},
-        extra={"train_config": {"seed": 1}, "training": {"epoch": 3}},
+        extra={"train_config": {"seed": 1}, "training": {"epoch": 3}, "remark": "of another program"},
     )
     return path
 
@@ -163,7 +163,9 @@ def test_what_is_left_out_is_said(run):
     result, output = run("--rename", "dft=b3lyp")
     assert "note: left out: the state of its training" in result.output
     assert "note: left out: the settings of its training" in result.output
-    assert not {"training", "train_config"} & set(load_checkpoint(output))
+    assert "note: left out: the entry remark" in result.output
+    assert result.output.count("left out") == 3
+    assert not {"training", "train_config", "remark"} & set(load_checkpoint(output))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +417,7 @@ def test_input_is_replaced_only_on_request(run, checkpoint):
         (["--sae", "dtf=x.yaml"], "--sae: there is no fidelity dtf; did you mean dft?"),
         (["--sae", "dft=x.yaml"], "x.yaml: no such file"),
         (["--drop", "dft", "--fidelity-offset", "150"], "--fidelity-offset 150: the checkpoint says 200"),
+        (["--drop", "dft", "--fidelity-offset", "0"], "--fidelity-offset 0: the checkpoint says 200"),
         (["--info"], "--info: only shows IN.pt"),
         ([], "nothing to do"),
     ],
@@ -448,6 +451,8 @@ def test_model_file_that_is_not_the_checkpoints(run, fixtures_dir, tmp_path):
 
 @pytest.mark.parametrize("heads", [True], indirect=True)
 def test_weights_of_one_fidelity_need_a_model_file_to_get_a_second(run, fixtures_dir):
+    result, _ = run("--rename", "fid0=x", "--fidelity-offset", 0, source=fixtures_dir / "ref_single.pt")
+    assert "--fidelity-offset: must be at least 129, found 0" in result.output
     result, output = run("--add", "x=fid0", source=fixtures_dir / "ref_single.pt")
     assert result.exit_code == 2
     assert "--model: the checkpoint does not hold its model configuration; give the YAML file" in result.output
