@@ -5,6 +5,7 @@ through the key-value store that their launcher (``torchrun``, or `aimnet2mult.t
 works before they have joined a group and when the operations of the group hang.
 """
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -17,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
@@ -25,7 +25,6 @@ import click
 import torch.distributed as dist
 
 from aimnet2mult.config.builder import ConfigError
-from aimnet2mult.train.stop import stop_requested
 from aimnet2mult.utils.cli import USER_ERRORS, UserError, error_message
 
 logger = logging.getLogger(__name__)
@@ -40,13 +39,13 @@ EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 GRACE = 2.0
-"""How long a failed process waits to hear whether the others failed alike, seconds."""
+"""How long a failed process waits to hear of the failures of others, seconds."""
 
 LAST_WORD = 5.0
-"""How long a process may go on after it is known that another one failed, seconds."""
+"""How long a process may go on after another one failed, or its launcher is gone, seconds."""
 
 LAST_WISH = 60.0
-"""The same after the launcher ended by a signal that asked all processes to stop, seconds."""
+"""How long it may then take to stop and save a checkpoint, if its launcher is gone, seconds."""
 
 WATCH = 1.0
 """Interval between looks at whether another process failed, seconds."""
@@ -95,70 +94,32 @@ def process_name() -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Failure:
-    """Why a process ends.
+class Failure(NamedTuple):
+    """Why a process ends."""
 
-    Attributes
-    ----------
-    rank : int
-        The process.
-    kind : str
-        ``user`` (a mistake that the user can put right), ``defect``, ``lost`` (contact with another process),
-        ``interrupt`` (Ctrl-C) or ``exit`` (asked for by the program).
-    message : str
-        What happened.
-    text : str
-        The same with the process it comes from.
-    status : int
-        Exit status.
-    shared : bool
-        All processes raise this error, and know that.
-    reporter : int
-        The process that reports it.
-    """
-
-    rank: int
     kind: str
+    """``user`` (what the user can put right), ``defect``, ``lost`` (contact with another process) or ``interrupt``."""
+
     message: str
-    text: str
     status: int
-    shared: bool
-    reporter: int
-
-
-def share(error: Exception, reporter: int, alike: bool) -> Exception:
-    """Note on an error that all processes raise it, which of them reports it, and whether all of them met it."""
-    vars(error)["aimnet2mult_shared"] = (reporter, alike)
-    return error
+    """Exit status."""
 
 
 def describe(error: BaseException) -> Failure:
     """Return what an exception that ends this process means."""
-    kind, message, status = "defect", f"{type(error).__name__}: {error}", EXIT_DEFECT
     if isinstance(error, KeyboardInterrupt):
-        kind, message, status = "interrupt", "interrupted", EXIT_INTERRUPTED
-    elif isinstance(error, SystemExit | click.exceptions.Exit):
-        code = exit_status(error)
-        kind, message, status = "exit", f"ended with exit status {code}", code
-    elif isinstance(error, click.ClickException):
-        kind, message, status = "user", error.format_message(), error.exit_code
-    elif isinstance(error, USER_ERRORS):
-        kind, message, status = "user", error_message(error), UserError.exit_code
-    elif lost_contact(error):
-        kind, status = "lost", EXIT_LOST_CONTACT
+        return Failure("interrupt", "interrupted", EXIT_INTERRUPTED)
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else EXIT_DEFECT
+        return Failure("user", f"ended with exit status {error.code}", status)
+    if isinstance(error, click.ClickException):
+        return Failure("user", error.format_message(), error.exit_code)
+    if isinstance(error, USER_ERRORS):
+        return Failure("user", error_message(error), UserError.exit_code)
+    if lost_contact(error):
         reason = " ".join(str(error).partition(" This is typically")[0].split())
-        message = f"lost contact with another process: {reason}"
-    shared = vars(error).get("aimnet2mult_shared")
-    reporter, alike = shared or (rank(), False)
-    text = message if alike else f"{process_name()}: {message}"
-    return Failure(rank(), kind, message, text, status, shared is not None, reporter)
-
-
-def exit_status(error: SystemExit | click.exceptions.Exit) -> int:
-    """Return the exit status that an exception asks for."""
-    code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
-    return code if isinstance(code, int) else 0 if code is None else EXIT_DEFECT
+        return Failure("lost", f"lost contact with another process: {reason}", EXIT_LOST_CONTACT)
+    return Failure("defect", f"{type(error).__name__}: {error}", EXIT_DEFECT)
 
 
 def lost_contact(error: BaseException) -> bool:
@@ -180,41 +141,25 @@ def rank_errors() -> Iterator[None]:
 
     A user's mistake (`USER_ERRORS` and click's exceptions) is reported as ``Error: process 3 of 8: message`` with exit
     status 2, and once, without naming a process, if all of them found it; any other error with the traceback of the
-    process that met it first. Processes that end only because that one did say no more than a line. None goes on for
-    more than some seconds after another one failed, even if it hangs in an operation on a GPU. A process that fails
-    ends inside this context. torchrun's own report has the message at its end.
+    process that met it first. Processes that end only because that one did say nothing. None goes on for more than some
+    seconds after another one failed, even if it hangs in an operation on a GPU. A process that fails ends inside this
+    context. torchrun's own report has the message at its end.
+
+    If the launcher is gone, the processes get SIGTERM from themselves: a run saves a checkpoint and stops.
     """
     if world_size() == 1:
         yield
         return
-    global _guarded
     board = Board(_store())
     board.watch()
-    _guarded = True
     try:
         yield
     except BaseException as error:
-        if isinstance(error, SystemExit | click.exceptions.Exit) and exit_status(error) == 0:
+        if isinstance(error, SystemExit) and not error.code:
             raise
         board.end(error)
     finally:
-        _guarded = False
         board.close()
-
-
-_guarded = False
-
-
-def guarded() -> bool:
-    """Whether this process is inside `rank_errors`, and ends there if it fails."""
-    return _guarded
-
-
-class Verdict(NamedTuple):
-    """Who reports what, said by the process that failed first."""
-
-    speaker: int
-    text: str
 
 
 class Board:
@@ -239,86 +184,59 @@ class Board:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(WATCH):
-            launcher_gone = False
+        failed = launcher_gone = False
+        while not failed:
+            if self._closed.wait(WATCH):
+                return
             try:
-                failed = self._store.check(["failures"])
+                failed = self._store.check(["cause"])
             except RuntimeError:  # as its store is
                 failed = launcher_gone = True
-            if failed:
-                ended = self._closed.wait(LAST_WORD)
-                if not ended and launcher_gone and stop_requested() is not None:
-                    # By the same signal, to all of us: the checkpoint may still be on its way.
-                    ended = self._closed.wait(LAST_WISH)
-                if not ended:
-                    self._leave(launcher_gone)
-                return
-
-    def _leave(self, launcher_gone: bool) -> NoReturn:
-        if launcher_gone:
-            _say(f"Error: {process_name()}: the program that started it is gone")
-        with suppress(RuntimeError):
-            if not launcher_gone and self._store.check(["verdict"]):
-                _write_error_file(Verdict(*json.loads(self._store.get("verdict"))).text)
-        _exit(EXIT_LOST_CONTACT)
+        ended = self._closed.wait(LAST_WORD)
+        if launcher_gone and not ended:
+            _say(f"{process_name()}: the program that started it is gone; it stops, too")
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended = self._closed.wait(LAST_WISH)
+        if not ended:
+            with suppress(RuntimeError):
+                _write_error_file(self._store.get("cause").decode())
+            _exit(EXIT_LOST_CONTACT)
 
     def end(self, error: BaseException) -> NoReturn:
-        """Report the failure of this process, unless another one does, and end it."""
+        """Report the failure of this process, unless another one is to blame, and end it."""
+        self.close()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the launcher's reply to the first failure
                 signal.signal(number, signal.SIG_IGN)
         failure = describe(error)
-        self.close()
-        limit = threading.Timer(6 * GRACE, _exit, (failure.status,))  # should the store not answer
-        limit.daemon = True
-        limit.start()
-        try:
-            verdict = self._verdict(failure)
-        except RuntimeError:  # without a store everybody speaks for themselves
-            verdict = Verdict(failure.rank, failure.text)
-        _write_error_file(verdict.text)
-        if verdict.speaker == failure.rank:
-            _say(_report(failure, verdict.text, error))
-        elif failure.kind in ("user", "defect") and failure.message not in verdict.text:
+        _end_after(6 * GRACE, failure.status)  # should the store not answer
+        own = f"{process_name()}: {failure.message}"
+        cause, found_by_all = own, False
+        with suppress(RuntimeError):  # without a store everybody speaks for themselves
+            cause = self._cause(failure, own)
+            found_by_all = cause == own and failure.kind == "user" and self._found_by_all(failure)
+        _write_error_file(cause)
+        if cause == own:
+            _say(_report(failure, failure.message if found_by_all else own, error))
+        elif failure.kind in ("user", "defect") and failure.message not in cause:
             _say(f"{process_name()} failed, too: {failure.message}")
-        with suppress(RuntimeError):
-            self._leave_in_order(verdict, failure)
         _exit(failure.status)
 
-    def _verdict(self, failure: Failure) -> Verdict:
-        """Make the failure known; decide who reports if it is the first one, else hear who does."""
-        if failure.reporter == failure.rank:
-            order = self._store.add("failures", 1)
-            self._store.set(f"failure/{order}", json.dumps(asdict(failure)))
-            if order == 1:
-                self._store.set("verdict", json.dumps(self._decide(failure)))
-        if _wait_until(lambda: self._store.check(["verdict"]), 2 * GRACE):
-            return Verdict(*json.loads(self._store.get("verdict")))
-        return Verdict(failure.rank, failure.text)
+    def _cause(self, failure: Failure, own: str) -> str:
+        """Make a failure known; return the message of the process that failed first and did not only lose contact."""
+        self._store.add(_key(failure), 1)
+        if failure.kind == "lost":
+            _wait_until(lambda: self._store.check(["cause"]), GRACE)
+        return self._store.compare_set("cause", "", own).decode()
 
-    def _decide(self, first: Failure) -> Verdict:
-        if first.shared or first.kind not in ("user", "lost"):
-            return Verdict(first.rank, first.text)
-        failures: list[Failure] = []
-        _wait_until(lambda: self._collect(failures) == world_size(), GRACE)
-        if first.kind == "lost":
-            causes = [failure for failure in failures if failure.kind != "lost"]
-            return Verdict(causes[0].rank, causes[0].text) if causes else Verdict(first.rank, first.text)
-        alike = len(failures) == world_size() and all(failure.message == first.message for failure in failures)
-        return Verdict(0, first.message) if alike else Verdict(first.rank, first.text)
+    def _found_by_all(self, failure: Failure) -> bool:
+        """Whether all processes fail with the same message, as they do where they read the same settings."""
+        return _wait_until(lambda: self._store.add(_key(failure), 0) == world_size(), GRACE)
 
-    def _collect(self, failures: list[Failure]) -> int:
-        """Append the failures that became known since the last time; return how many there are."""
-        while self._store.check([f"failure/{len(failures) + 1}"]):
-            failures.append(Failure(**json.loads(self._store.get(f"failure/{len(failures) + 1}"))))
-        return len(failures)
 
-    def _leave_in_order(self, verdict: Verdict, failure: Failure) -> None:
-        """Let the process that has reported end first: its end is what the launcher tells of."""
-        if verdict.speaker == failure.rank:
-            self._store.set("said", "")
-        elif _wait_until(lambda: self._store.check(["said"]), 2 * GRACE):
-            time.sleep(0.5)
+def _key(failure: Failure) -> str:
+    """Name of the number of processes that failed with the same message; names in a store are short."""
+    return f"failures/{hashlib.sha256(failure.message.encode()).hexdigest()}"
 
 
 def _store() -> dist.Store:
@@ -346,17 +264,14 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _report(failure: Failure, text: str, error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(error))
-    if failure.kind == "defect":
-        return f"{lines}Error: {text}"
-    if logger.isEnabledFor(logging.DEBUG):
-        return f"{lines}Error: {text}"
-    return {"interrupt": "Interrupted.", "exit": ""}.get(failure.kind, f"Error: {text}")
+    if failure.kind == "interrupt":
+        return "Interrupted."
+    with_traceback = failure.kind == "defect" or logger.isEnabledFor(logging.DEBUG)
+    return ("".join(traceback.format_exception(error)) if with_traceback else "") + f"Error: {text}"
 
 
 def _say(text: str) -> None:
-    if text:
-        sys.stderr.write(f"{text}\n")  # in one piece, among the lines of other processes
+    sys.stderr.write(f"{text}\n")  # in one piece, among the lines of other processes
 
 
 def _write_error_file(text: str) -> None:
@@ -372,10 +287,15 @@ def _exit(status: int) -> NoReturn:
     """End this process and its readers at once, without taking apart groups whose members may be gone."""
     for reader in multiprocessing.active_children():
         reader.kill()
-    limit = threading.Timer(1.0, os._exit, (status,))  # should another thread hold the locks of these files
-    limit.daemon = True
-    limit.start()
+    _end_after(1.0, status)  # should another thread hold the locks of these files
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def _end_after(seconds: float, status: int) -> None:
+    """Have this process end then, whatever it waits for."""
+    limit = threading.Timer(seconds, os._exit, (status,))
+    limit.daemon = True
+    limit.start()

@@ -47,27 +47,36 @@ def wanted_processes(device: str, processes: int | None) -> int:
     Raises
     ------
     ConfigError
-        ``processes`` is not what this machine can do, or the process is already one of several.
+        This machine has too few GPUs, or the process is already one of several.
     """
     if launched():
         if processes is not None:
             raise ConfigError("--processes: torchrun has started the processes already; use its --nproc-per-node")
         return 1
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if processes is None:
-        return max(1, gpus)
-    if processes < 1:
-        raise ConfigError(f"--processes: {processes} is not a number of processes, 1 or more")
+        return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+    check_gpus(device, processes)
+    return processes
+
+
+def check_gpus(device: str, processes: int) -> None:
+    """Make sure that each process of this machine has a GPU of its own, unless it is to do without.
+
+    Raises
+    ------
+    ConfigError
+        It has not.
+    """
     if device.startswith("cuda:") and processes > 1:
         raise ConfigError(
-            f"--processes: device {device} is one GPU, too few for {processes} processes; set device to cuda"
+            f"device: {device} is one GPU for {processes} processes; give cuda, and choose GPUs with the environment "
+            "variable CUDA_VISIBLE_DEVICES"
         )
-    if processes > gpus and (gpus or device == "cuda"):
+    gpus = torch.cuda.device_count()
+    if processes > gpus and (device == "cuda" or (device == "auto" and gpus > 0)):
         raise ConfigError(
-            f"--processes: {processes} processes need a GPU each, and this machine has {gpus}; set device to cpu to "
-            "train without"
+            f"device: {processes} processes need a GPU each, and this machine has {gpus}; give cpu to train without"
         )
-    return processes
 
 
 def relaunch(processes: int, arguments: Sequence[str], module: str = "aimnet2mult.train.cli") -> int:

@@ -15,8 +15,8 @@ Ctrl-C in a terminal    once to each process                                once
 ======================  ==================================================  =======================================
 
 One training process that gets a signal is enough for all to stop, since they ask each other after each step
-(`aimnet2mult.train.processes.any_rank`). If the launcher is gone (SIGKILL, or SIGUSR1 to torchrun), they end within
-some seconds, and save a checkpoint only if they got a request, too.
+(`aimnet2mult.train.processes.any_rank`). If the launcher is gone (SIGKILL, or SIGUSR1 to torchrun), they stop within
+some seconds as if they had got SIGTERM.
 
 In a SLURM script, on one machine, 120 s before the end of the time::
 
@@ -37,7 +37,6 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import ClassVar
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask for an end."""
@@ -68,8 +67,6 @@ class StopRequest:
         Name of the first such signal, such as ``SIGTERM``; ``another process`` if only that one got a signal.
     """
 
-    current: ClassVar["StopRequest | None"] = None
-
     def __init__(self) -> None:
         self.requested: str | None = None
         self._when = float("-inf")  # time of that
@@ -79,7 +76,6 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         """Start listening."""
         if threading.current_thread() is threading.main_thread():
-            StopRequest.current = self
             self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
         return self
 
@@ -111,11 +107,6 @@ class StopRequest:
         if time.monotonic() - self._when > ONE_REQUEST:
             signal.signal(number, self._before[number])  # type: ignore[arg-type]  # as it came
             os.kill(os.getpid(), number)
-
-
-def stop_requested() -> str | None:
-    """Return what asked this process to stop, if anything did."""
-    return None if StopRequest.current is None else StopRequest.current.requested
 
 
 def ignore_requests(worker: int) -> None:
