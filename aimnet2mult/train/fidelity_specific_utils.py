@@ -1,9 +1,9 @@
 """Transfer learning: weights of one model as the start of another with other fidelities.
 
 Fidelity f of the model starts from fidelity s(f) of the checkpoint: what ``init_from`` says, else the one of the same
-name, else the closest one, by errors of its predictions on data of f (`choose_sources`). Tables with a row per element
-type (embedding, atomic shifts) are taken block by block, readouts of a fidelity one by one, and everything else (the
-passes, the convolutions) as it is (`transfer_weights`).
+name, else the closest one, by errors of its predictions on data of f. Tables with a row per element type (embedding,
+atomic shifts) are taken block by block, readouts of a fidelity one by one, and everything else (the passes, the
+convolutions) as it is (`transfer_weights`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,17 +77,8 @@ def fidelity_number(name: str, names: Mapping[int, str], where: str) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a fidelity of the model starts.
-
-    Attributes
-    ----------
-    source : int
-        Fidelity of the checkpoint.
-    reason : str
-        Why this one, for the log.
-    """
+class Start(NamedTuple):
+    """From which fidelity of the checkpoint a fidelity of the model starts, and why, for the log."""
 
     source: int
     reason: str
@@ -128,39 +119,20 @@ def start_from_checkpoint(
     Raises
     ------
     CheckpointError, ConfigError
-        As `choose_sources` and `transfer_weights`; the model is left as it was.
+        As `named_sources`, `closest_fidelities` and `transfer_weights`; the model is left as it was.
     """
-    starts = choose_sources(checkpoint, model_config, dataset, indices, names, init_from)
+    known = names_in_checkpoint(checkpoint, _layout(checkpoint, dataset.fidelity_offset).num_fidelities)
+    starts = named_sources(checkpoint, names, init_from, dataset.fidelity_offset)
+    if new := {f: name for f, name in names.items() if f not in starts}:
+        measured = closest_fidelities(checkpoint, model_config, dataset, indices, new)
+        starts |= {f: Start(closest.source, closest.text(known)) for f, closest in measured.items()}
     sources = {f: start.source for f, start in starts.items()}
     rows = transfer_weights(model, checkpoint, sources, names)
-    old = names_in_checkpoint(checkpoint, max(sources.values()) + 1)
-    lines = [f"{names[f]} starts from {old[start.source]} ({start.reason})" for f, start in sorted(starts.items())]
+    lines = [f"{names[f]} starts from {known[start.source]} ({start.reason})" for f, start in sorted(starts.items())]
     lines += text_table(TransferRow._fields, rows)
     for f, numbers in new_species(model, checkpoint, dataset.species, sources).items():
         lines.append(f"{names[f]} learns elements that the checkpoint does not know: {element_names(numbers)}")
     return lines
-
-
-def choose_sources(
-    checkpoint: Mapping[str, Any],
-    model_config: Mapping[str, Any],
-    dataset: MixedFidelityDataset,
-    indices: np.ndarray,
-    names: Mapping[int, str],
-    init_from: Mapping[str, str],
-) -> dict[int, Start]:
-    """Decide from which fidelity of a checkpoint each fidelity of a model starts.
-
-    What names say (`named_sources`) goes first; the others start from the closest one (`closest_fidelities`). The
-    parameters, and what is raised, are those of these two.
-    """
-    starts = named_sources(checkpoint, names, init_from, dataset.fidelity_offset)
-    new = [f for f in names if f not in starts]
-    if new:
-        known = names_in_checkpoint(checkpoint, _layout(checkpoint, dataset.fidelity_offset).num_fidelities)
-        measured = closest_fidelities(checkpoint, model_config, dataset, indices, {f: names[f] for f in new})
-        starts |= {f: Start(closest.source, closest.text(known)) for f, closest in measured.items()}
-    return starts
 
 
 def named_sources(
@@ -432,12 +404,8 @@ def new_species(
     own = layout_of_model(model)
     layout = _layout(checkpoint, own.offset)
     starts = _complete(sources or {}, own.num_fidelities, layout.num_fidelities)
-    result = {}
-    for fidelity, numbers in species.items():
-        known = set(known_elements(checkpoint, layout, starts[fidelity]))
-        if unknown := sorted(set(numbers) - known):
-            result[fidelity] = unknown
-    return result
+    unknown = {f: sorted(set(zs) - set(known_elements(checkpoint, layout, starts[f]))) for f, zs in species.items()}
+    return {f: numbers for f, numbers in unknown.items() if numbers}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,8 +450,8 @@ def transfer_weights(
     checkpoint : mapping
         As `models.base.load_checkpoint` returns it; ``model`` holds the weights.
     sources : mapping, optional
-        {fidelity of the model: fidelity of the checkpoint} (`choose_sources`); where it does not say, the one of the
-        same number, or the only one.
+        {fidelity of the model: fidelity of the checkpoint}; where it does not say, the one of the same number, or the
+        only one.
     names : mapping, optional
         Name of each fidelity of the model, for the table; default ``fid0``, ``fid1``, ...
 
@@ -500,27 +468,12 @@ def transfer_weights(
     ValueError
         ``sources`` names a fidelity that does not exist, or does not say where a new one starts.
     """
-    own = layout_of_model(model)
-    copies = unused_copies(checkpoint["model"])
-    weights = {key: value for key, value in checkpoint["model"].items() if key not in copies}
-    layout = layout_of_weights(weights, checkpoint, own.offset)
-    starts = _complete(sources or {}, own.num_fidelities, layout.num_fidelities)
-    settings = {key for key, _ in model.named_buffers()} | {key for key in model.state_dict() if key.startswith("aev.")}
-    labels = names or {f: f"fid{f}" for f in range(own.num_fidelities)}
-    known = names_in_checkpoint(checkpoint, layout.num_fidelities)
-    transfer = _Transfer(model.state_dict(), own, labels, weights, layout, known, starts, settings)
-    transfer.collect()
-    transfer.check()
-
-    model.load_state_dict(transfer.values)
+    transfer = _Transfer(model, checkpoint, sources or {}, names)
+    model.load_state_dict(transfer.values())
     if isinstance(model, AIMNet2):
         model.update_keys_and_cutoffs()
-    rows = transfer.rows()
-    if copies:
-        prefixes = sorted({key.partition(".")[0] for key in copies})
-        count = sum(checkpoint["model"][key].numel() for key in copies)
-        rows.append(TransferRow("-", ", ".join(prefixes), count, "ignored: copies that a mixed model does not use"))
-    return rows
+    transfer.note_what_is_ignored()
+    return [TransferRow(into, origin, count, event) for (into, origin, event), count in transfer.counts.items()]
 
 
 def _complete(sources: Mapping[int, int], num_fidelities: int, num_in_checkpoint: int) -> dict[int, int]:
@@ -543,50 +496,32 @@ def _complete(sources: Mapping[int, int], num_fidelities: int, num_in_checkpoint
 
 
 class _Transfer:
-    """The new values of a model's weights, and what happened to each of them.
-
-    Parameters
-    ----------
-    own : mapping
-        State dict of the model.
-    own_layout, layout : Layout
-        Of the model and of the checkpoint.
-    own_names, names : mapping
-        Names of the fidelities of the model and of the checkpoint.
-    weights : mapping
-        State dict of the checkpoint, without unused copies.
-    sources : mapping
-        Fidelity of the model -> fidelity of the checkpoint.
-    settings : set of str
-        Entries that come from the model file and are not learned (radial basis, cutoffs).
-    """
+    """The new values of a model's weights, and what happened to each of them; parameters as in `transfer_weights`."""
 
     def __init__(
         self,
-        own: Mapping[str, Tensor],
-        own_layout: Layout,
-        own_names: Mapping[int, str],
-        weights: Mapping[str, Tensor],
-        layout: Layout,
-        names: Mapping[int, str],
+        model: nn.Module,
+        checkpoint: Mapping[str, Any],
         sources: Mapping[int, int],
-        settings: set[str],
+        names: Mapping[int, str] | None,
     ) -> None:
-        self.own, self.own_layout, self.own_names = own, own_layout, own_names
-        self.weights, self.layout, self.names = weights, layout, names
-        self.sources, self.settings = sources, settings
-        self.values: dict[str, Tensor] = {}
+        self.own, self.own_layout = model.state_dict(), layout_of_model(model)
+        self.own_names = names or {f: f"fid{f}" for f in range(self.own_layout.num_fidelities)}
+        unused = unused_copies(checkpoint["model"])
+        self.copies = {key: value for key, value in checkpoint["model"].items() if key in unused}
+        self.weights = {key: value for key, value in checkpoint["model"].items() if key not in unused}
+        self.layout = _layout(checkpoint, self.own_layout.offset)
+        self.names = names_in_checkpoint(checkpoint, self.layout.num_fidelities)
+        self.sources = _complete(sources, self.own_layout.num_fidelities, self.layout.num_fidelities)
+        # Entries that come from the model file and are not learned: radial basis, cutoffs.
+        self.settings = {key for key, _ in model.named_buffers()} | {key for key in self.own if key.startswith("aev.")}
         self.used: set[str] = set()
-        self.counts: dict[tuple[str, str, str], int] = {}
+        self.counts: dict[tuple[str, str, str], int] = {}  # into, origin, event -> weights
         self.problems: list[str] = []
 
-    def collect(self) -> None:
-        """Find the new value of each weight."""
-        for key, value in self.own.items():
-            self.values[key] = self._table(key, value) if is_type_table(key) else self._weight(key, value)
-
-    def check(self) -> None:
-        """Refuse a checkpoint of another architecture."""
+    def values(self) -> dict[str, Tensor]:
+        """Return the new value of each weight; refuse a checkpoint of another architecture."""
+        values = {key: (self._table if is_type_table(key) else self._weight)(key, v) for key, v in self.own.items()}
         for key in self.weights:
             if key not in self.used and not key.startswith(READOUT_PREFIXES):
                 self.problems.append(f"{key} is not in the model")
@@ -596,23 +531,22 @@ class _Transfer:
             raise CheckpointError(
                 f"the checkpoint is of another architecture: {shown}{more}. Use the model file of the checkpoint"
             )
+        return values
 
-    def rows(self) -> list[TransferRow]:
-        """Return the table: what came into the model, then what of the checkpoint was ignored."""
-        rows = [TransferRow(into, origin, n, event) for (into, origin, event), n in self.counts.items()]
+    def note_what_is_ignored(self) -> None:
+        """Note what of the checkpoint was not used."""
         left_out = sorted(set(range(self.layout.num_fidelities)) - set(self.sources.values()))
-        embedding = self.weights["afv.weight"]
         for f in left_out:
-            count = _block_of(embedding, self.layout, f).numel()
-            rows.append(TransferRow("-", f"afv, rows of {self.names[f]}", count, "ignored: nothing starts from it"))
-        ignored: dict[tuple[str, str], int] = {}
+            rows = _block_of(self.weights["afv.weight"], self.layout, f)
+            self._note("-", f"afv, rows of {self.names[f]}", rows.numel(), NO_START)
         for key, value in self.weights.items():
             if key not in self.used:
                 head = HEAD_KEY.fullmatch(key)
                 of_left_out = head is not None and int(head[1]) in left_out
-                event = "ignored: nothing starts from it" if of_left_out else "ignored: not in the model"
-                ignored[_module(key), event] = ignored.get((_module(key), event), 0) + value.numel()
-        return rows + [TransferRow("-", module, count, event) for (module, event), count in ignored.items()]
+                self._note("-", _module(key), value.numel(), NO_START if of_left_out else "ignored: not in the model")
+        prefixes = ", ".join(sorted({key.partition(".")[0] for key in self.copies}))
+        for value in self.copies.values():
+            self._note("-", prefixes, value.numel(), "ignored: copies that a mixed model does not use")
 
     def _note(self, into: str, origin: str, count: int, event: str) -> None:
         self.counts[into, origin, event] = self.counts.get((into, origin, event), 0) + count
@@ -703,7 +637,8 @@ class _Transfer:
 
 
 NOT_IN_CHECKPOINT = "initial values: not in the checkpoint"
-"""What happens to readouts that are new."""
+NO_START = "ignored: nothing starts from it"
+"""What happens to readouts that are new, and to a fidelity of the checkpoint that none of the model starts from."""
 
 
 def _loaded(given: Tensor, value: Tensor) -> str:
