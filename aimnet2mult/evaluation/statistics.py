@@ -3,11 +3,10 @@
     MAE = Σ|e| / n        RMSE = √(Σe² / n)        n = number of values that have a label
 
 A value is one energy, one component of one force, one charge. Sums are kept for each number of atoms, each number of
-different elements and, for atomic properties, each element; a random sample of the values serves for pictures, and a
-heap holds the molecules with the largest errors.
+different elements and, for atomic properties, each element; a random sample of the values serves for pictures, and
+the molecules with the largest errors are kept.
 """
 
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -203,8 +202,7 @@ class Worst:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._heap: list[tuple[float, int, Outlier]] = []  # error, minus the number of candidates before
-        self._candidates = 0
+        self._kept: list[tuple[float, Outlier]] = []  # with their errors, the largest first
 
     def add(self, molecules: Molecules, label: np.ndarray, predicted: np.ndarray, atomic: bool) -> None:
         """Add molecules of one size.
@@ -222,25 +220,21 @@ class Worst:
         errors[~np.isfinite(errors)] = np.inf
         place = errors.argmax(axis=1)
         size = errors[np.arange(len(errors)), place]
-        least = self._heap[0][0] if len(self._heap) == self.size else -1.0
+        least = self._kept[-1][0] if len(self._kept) == self.size else -1.0
         candidates = np.flatnonzero(size > least)
-        # Stable and from the largest error on, so that the order in which equal ones came decides.
+        # Sorting is stable here and below, so that the order in which equal ones came decides.
         for i in candidates[np.argsort(-size[candidates], kind="stable")][: self.size].tolist():
             at = int(place[i])
             numbers = tuple(molecules.numbers[i].tolist())
             atom = at // (label.shape[1] // len(numbers)) if atomic else None
             values = float(label[i, at]), float(predicted[i, at])
             outlier = Outlier(int(molecules.indices[i]), *values, numbers, float(molecules.charge[i]), atom)
-            entry = (float(size[i]), -self._candidates, outlier)
-            self._candidates += 1
-            if len(self._heap) < self.size:
-                heapq.heappush(self._heap, entry)
-            elif entry[:2] > self._heap[0][:2]:
-                heapq.heapreplace(self._heap, entry)
+            self._kept.append((float(size[i]), outlier))
+        self._kept = sorted(self._kept, key=lambda entry: -entry[0])[: self.size]
 
     def sorted(self) -> list[Outlier]:
         """Return them, the largest error first."""
-        return [outlier for *_, outlier in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+        return [outlier for _, outlier in self._kept]
 
 
 class PropertyErrors:

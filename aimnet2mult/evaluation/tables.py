@@ -52,23 +52,6 @@ class Row:
         return PROPERTIES[self.key].title
 
 
-def _all(errors: PropertyErrors) -> Mapping[str, Sums]:
-    total = errors.total
-    return {"": total} if total.count else {}
-
-
-def _by_atoms(errors: PropertyErrors) -> Mapping[str, Sums]:
-    return size_ranges(errors.by_size)
-
-
-def _by_n_elements(errors: PropertyErrors) -> Mapping[str, Sums]:
-    return {str(n): sums for n, sums in sorted(errors.by_n_elements.items())}
-
-
-def _by_element(errors: PropertyErrors) -> Mapping[str, Sums]:
-    return {ELEMENT_SYMBOLS[z]: sums for z, sums in sorted(errors.by_element.items())}
-
-
 class Breakdown(NamedTuple):
     """A way to divide the values.
 
@@ -90,12 +73,22 @@ class Breakdown(NamedTuple):
     parts: Callable[[PropertyErrors], Mapping[str, Sums]]
 
 
-OVERALL = Breakdown("all", "All molecules", "", _all)
+OVERALL = Breakdown("all", "All molecules", "", lambda errors: {"": errors.total} if errors.by_size else {})
 
 BREAKDOWNS = (
-    Breakdown("atoms", "By number of atoms", "atoms in the molecule", _by_atoms),
-    Breakdown("n_elements", "By number of different elements", "elements in the molecule", _by_n_elements),
-    Breakdown("element", "By element", "element of the atom", _by_element),
+    Breakdown("atoms", "By number of atoms", "atoms in the molecule", lambda errors: size_ranges(errors.by_size)),
+    Breakdown(
+        "n_elements",
+        "By number of different elements",
+        "elements in the molecule",
+        lambda errors: {str(n): sums for n, sums in sorted(errors.by_n_elements.items())},
+    ),
+    Breakdown(
+        "element",
+        "By element",
+        "element of the atom",
+        lambda errors: {ELEMENT_SYMBOLS[z]: sums for z, sums in sorted(errors.by_element.items())},
+    ),
 )
 """How errors are divided. The last one concerns atomic properties only."""
 

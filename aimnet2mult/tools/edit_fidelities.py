@@ -341,21 +341,15 @@ def _mean_of_rows(values: Sequence[Tensor], shares: Sequence[float], trained: Se
     import torch
 
     n_rows = max(len(value) for value in values)
-    weights = torch.zeros(len(values), n_rows, 1, dtype=torch.float64)
-    rows = torch.zeros(len(values), n_rows, *values[0].shape[1:], dtype=torch.float64)
-    known = torch.zeros(len(values), n_rows, 1, dtype=torch.bool)
+    rows = torch.full((len(values), n_rows, *values[0].shape[1:]), torch.nan, dtype=torch.float64)
+    learned = torch.zeros(len(values), n_rows, 1, dtype=torch.bool)
     for i, (value, numbers) in enumerate(zip(values, trained, strict=True)):
-        finite = ~value.isnan().any(dim=1, keepdim=True)
-        known[i, : len(value)] = finite
-        rows[i, : len(value)] = torch.where(finite, value, 0.0).double()
-        learned = torch.ones(n_rows, 1, dtype=torch.bool)
-        if numbers is not None:
-            learned[:] = False
-            learned[[z for z in numbers if z < n_rows]] = True
-        weights[i] = shares[i] * (known[i] & learned)
-    untrained = weights.sum(dim=0) == 0
-    weights = torch.where(untrained, torch.tensor(shares).double().view(-1, 1, 1) * known, weights)
-    mean = (weights * rows).sum(dim=0) / weights.sum(dim=0)  # NaN where no fidelity knows the element
+        rows[i, : len(value)] = value
+        learned[i, [z for z in (range(n_rows) if numbers is None else numbers) if z < n_rows]] = True
+    known = ~rows.isnan().any(dim=2, keepdim=True)
+    share = torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1) * known
+    weights = torch.where((share * learned).sum(dim=0) == 0, share, share * learned)
+    mean = (weights * torch.where(known, rows, 0.0)).sum(dim=0) / weights.sum(dim=0)  # NaN where nobody knows it
     return mean.to(values[0].dtype)
 
 
