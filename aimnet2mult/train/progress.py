@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -51,20 +51,25 @@ class StepTimer:
     def __init__(self, device: torch.device, processes: int = 1) -> None:
         self._device = device
         self._processes = processes
-        self._since_report = _Tally()
-        self._overall = _Tally()
+        self._tally = _Tally()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for data."""
-        with self._counted("waited"):
+        start = time.perf_counter()
+        try:
             yield
+        finally:
+            self._tally.waited += time.perf_counter() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time inside out."""
-        with self._counted("paused"):
+        start = time.perf_counter()
+        try:
             yield
+        finally:
+            self._tally.paused += time.perf_counter() - start
 
     def step(self, batches: Iterable[tuple[Mapping[str, Tensor], Any]]) -> None:
         """Count a step of the optimiser on these batches, best before they are on a GPU.
@@ -74,22 +79,10 @@ class StepTimer:
         batches : iterable of (x, y)
             ``numbers`` (B, N) of x is looked at, where padding is zero.
         """
-        self._add("steps", 1)
+        self._tally.steps += 1
         for x, _ in batches:
-            self._add("molecules", len(x["numbers"]) * self._processes)
-            self._add("atoms", int(torch.count_nonzero(x["numbers"])) * self._processes)
-
-    @contextmanager
-    def _counted(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._add(name, time.perf_counter() - start)
-
-    def _add(self, name: str, amount: float) -> None:
-        for tally in (self._since_report, self._overall):
-            setattr(tally, name, getattr(tally, name) + amount)
+            self._tally.molecules += len(x["numbers"]) * self._processes
+            self._tally.atoms += int(torch.count_nonzero(x["numbers"])) * self._processes
 
     def numbers(self) -> dict[str, float]:
         """Return rates since the last call, and memory.
@@ -101,12 +94,8 @@ class StepTimer:
             ``time/atoms_per_s``; ``memory/peak_GiB`` of this process, ``memory/gpu_peak_GiB`` of tensors on its GPU.
             Without a step since then, memory alone.
         """
-        tally, self._since_report = self._since_report, _Tally()
+        tally, self._tally = self._tally, _Tally()
         return {**tally.rates(), **peak_memory(self._device)}
-
-    def overall(self) -> dict[str, float]:
-        """Return the same since the timer was made."""
-        return {**self._overall.rates(), **peak_memory(self._device)}
 
 
 class _Tally:
@@ -198,7 +187,7 @@ class Progress:
         self._epochs = epochs
         self._enabled = enabled
         self._terminal = on_terminal() if terminal is None else terminal
-        self._bar: _Bar | None = None
+        self._bar: tqdm[NoReturn] | None = None
         self._began = time.perf_counter()
         self._first = 0
 
@@ -206,7 +195,15 @@ class Progress:
         """Begin after so many steps."""
         self._began, self._first = time.perf_counter(), iteration
         if self._enabled and self._terminal:
-            self._bar = _Bar(self._iterations, iteration)
+            self._bar = tqdm(
+                total=self._iterations,
+                initial=iteration,
+                leave=False,
+                dynamic_ncols=True,
+                file=sys.stderr,
+                smoothing=0,  # the time left is from the mean since the start, validation included
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total}, ETA {remaining}{postfix}",
+            )
             for handler in _terminal_handlers():
                 handler.addFilter(_is_no_report)
 
@@ -233,7 +230,7 @@ class Progress:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(describe(numbers, skipped, components=False)))
+            self._bar.set_postfix_str(", ".join(describe(numbers, skipped, brief=True)))
         head = [f"epoch {epoch}/{self._epochs}", f"iteration {iteration}/{self._iterations}"]
         left = self.seconds_left(iteration)
         tail = [] if left is None else [f"ETA {duration(left)}"]
@@ -279,30 +276,34 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
-def describe(numbers: Mapping[str, float], skipped: int = 0, components: bool = True) -> list[str]:
+def describe(numbers: Mapping[str, float], skipped: int = 0, brief: bool = False) -> list[str]:
     """Return what is known of the last steps in words: losses, gradient, learning rates, speed.
 
-    Without ``components`` the loss is given as a whole, so that the rest fits beside a bar.
+    Only what fits beside a bar if ``brief``.
     """
     facts = []
-    losses = {
-        name.removeprefix("train/").removesuffix("_loss"): value
-        for name, value in numbers.items()
-        if components and name.startswith("train/") and name.endswith("_loss")
-    }
     if "train/loss" in numbers:
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        facts.append(f"loss {numbers['train/loss']:.4g}" + (f" ({parts})" if parts else ""))
-    if "train/grad_norm" in numbers:
+        facts.append(f"loss {numbers['train/loss']:.4g}" + ("" if brief else _components(numbers)))
+    if "train/grad_norm" in numbers and not brief:
         facts.append(f"gradient norm {numbers['train/grad_norm']:.3g}")
     facts += _learning_rates({name.removeprefix("lr/"): r for name, r in numbers.items() if name.startswith("lr/")})
     if skipped:
         facts.append(f"{skipped} {'step' if skipped == 1 else 'steps'} skipped")
     if "time/step" in numbers:
         facts.append(f"{numbers['time/steps_per_s']:.3g} steps/s")
+    if "time/step" in numbers and not brief:
         facts.append(f"{numbers['time/molecules_per_s']:.0f} molecules/s")
         facts.append(f"waiting for data {100 * numbers['time/data_share']:.0f} %")
     return facts
+
+
+def _components(numbers: Mapping[str, float]) -> str:
+    losses = [
+        f"{name.removeprefix('train/').removesuffix('_loss')} {value:.4g}"
+        for name, value in numbers.items()
+        if name.startswith("train/") and name.endswith("_loss")
+    ]
+    return f" ({', '.join(losses)})" if losses else ""
 
 
 def _learning_rates(rates: Mapping[str, float]) -> list[str]:
@@ -324,29 +325,6 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(round(seconds / 3600), 24)
     return f"{days} d {hours} h"
-
-
-class _Bar(tqdm):
-    """Bar over the whole run; its time left is the mean since the start, validation included."""
-
-    def __init__(self, iterations: int, iteration: int) -> None:
-        super().__init__(
-            total=iterations,
-            initial=iteration,
-            leave=False,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            smoothing=0,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total}, ETA {eta}{postfix}",
-        )
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """What ``bar_format`` may name."""
-        known = super().format_dict
-        done = self.n - self.initial
-        left = max(known["total"] - self.n, 0) * known["elapsed"] / done if done > 0 else None
-        return {**known, "eta": "?" if left is None else duration(left)}
 
 
 def _terminal_handlers() -> list[TerminalHandler]:

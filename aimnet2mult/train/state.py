@@ -9,10 +9,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from aimnet2mult.train.processes import gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +49,23 @@ def set_random_state(state: Mapping[str, Any], device: torch.device | None = Non
 
     A state from a CPU leaves the generator of a GPU as it is, and the other way round.
     """
-    python = state["python"]
+    python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    numpy = dict(state["numpy"])
-    key = numpy.pop("key").cpu().numpy().astype(np.uint32)
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": key, "pos": numpy["pos"]},
-            "has_gauss": numpy["has_gauss"],
-            "gauss": numpy["gauss"],
-        }
-    )
+    key = numpy["key"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
     torch.set_rng_state(_bytes(state["torch"]))
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
 
 
 def _numpy_state() -> dict[str, Any]:
-    state: Any = np.random.get_state(legacy=False)
-    assert state["bit_generator"] == "MT19937", state["bit_generator"]
+    state: Any = np.random.get_state()
+    _, key, pos, has_gauss, gauss = state
     return {
-        "key": torch.from_numpy(state["state"]["key"].astype(np.int64)),
-        "pos": int(state["state"]["pos"]),
-        "has_gauss": int(state["has_gauss"]),
-        "gauss": float(state["gauss"]),
+        "key": torch.from_numpy(key.astype(np.int64)),
+        "pos": int(pos),
+        "has_gauss": int(has_gauss),
+        "gauss": float(gauss),
     }
 
 
@@ -81,12 +75,7 @@ def _bytes(state: Tensor) -> Tensor:
 
 def random_states(device: torch.device | None = None) -> list[dict[str, Any]]:
     """Return `random_state` of every process, by rank. All processes call this together."""
-    own = random_state(device)
-    if not (dist.is_available() and dist.is_initialized()):
-        return [own]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, own)
-    return states
+    return gather_objects(random_state(device))
 
 
 def set_random_states(states: Sequence[Mapping[str, Any]], device: torch.device | None = None) -> None:
@@ -94,8 +83,7 @@ def set_random_states(states: Sequence[Mapping[str, Any]], device: torch.device 
 
     With more processes than there were, those that are new keep the state they have, and a warning says so.
     """
-    together = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    rank, processes = idist.get_rank(), idist.get_world_size()
     if len(states) != processes and rank == 0:
         logger.warning(
             "the random states are those of %d process%s, this run has %d: it does not repeat the random choices of "

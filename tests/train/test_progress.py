@@ -115,9 +115,6 @@ def test_a_report_begins_where_the_last_one_ended(clock):
     clock.sleep(3)
     timer.step([batch(1)])
     assert timer.numbers()["time/step"] == 3
-    overall = timer.overall()
-    assert overall["time/step"] == 2
-    assert overall["time/molecules_per_s"] == 0.5
 
 
 def test_time_counts_when_the_data_end_or_fail(clock):
@@ -135,22 +132,12 @@ def test_time_counts_when_the_data_end_or_fail(clock):
     assert timer.numbers()["time/data_share"] == 0.5
 
 
-def test_the_clock_is_a_real_one():
-    timer = StepTimer(CPU)
-    with timer.waiting():
-        time.sleep(0.05)
-    timer.step([batch(1)])
-    numbers = timer.numbers()
-    assert 0.05 <= numbers["time/step"] < 5
-    assert numbers["time/data_share"] > 0.5
-
-
 def test_peak_memory_grows_and_stays():
     before = peak_memory(CPU)["memory/peak_GiB"]
-    block = torch.ones(2**27)  # 0.5 GiB
+    block = torch.ones(2**25)  # 0.125 GiB
     after = peak_memory(CPU)["memory/peak_GiB"]
     del block
-    assert after >= max(0.5, before)
+    assert after >= max(0.125, before)
     assert peak_memory(CPU)["memory/peak_GiB"] >= after
 
 
@@ -284,19 +271,19 @@ def test_nothing_on_other_ranks(caplog, capsys):
 def test_bar_on_a_terminal_and_lines_in_the_file(package_log, capsys, tmp_path):
     file = logging.FileHandler(tmp_path / "train.log")
     package_log.addHandler(file)
-    with Progress(9600, 16, terminal=True) as shown:
-        shown.start(1100)
-        shown.step(3, 1200)
-        shown.report(3, 1200, NUMBERS)
+    with Progress(9600, 16, terminal=True) as console:
+        console.start(1100)
+        console.step(3, 1200)
+        console.report(3, 1200, NUMBERS)
         package_log.warning("something else")
-        with shown.doing("validation"):
+        with console.doing("validation"):
             pass
         during = capsys.readouterr().err
     package_log.info("after it")
-    shown.close()  # a second time
+    console.close()  # a second time
     file.close()
-    bar = re.search(r"epoch 3/16:  12%\|.*\| 1200/9600, ETA (\d+ (s|min)|\d h \d+ min), loss 0.01234, gradient", during)
-    assert bar, during
+    shown = r"epoch 3/16:  12%\|.*\| 1200/9600, ETA [\d:]+, loss 0.01234, learning rate 0.0019, 12.3 steps/s"
+    assert re.search(shown, during), during
     assert "validation:  12%" in during
     assert "something else" in during
     assert "iteration 1200" not in during
@@ -329,7 +316,7 @@ def test_a_bar_may_run_over(capsys):
         for i in range(1, 14):
             shown.step(2, i)
         shown.report(2, 13, {})
-    assert "epoch 2/2: 100%|██████████| 13/13, ETA 0 s" in capsys.readouterr().err
+    assert "epoch 2/2: 100%|██████████| 13/13, ETA 00:00" in capsys.readouterr().err
 
 
 def test_a_step_is_cheap(capsys):
