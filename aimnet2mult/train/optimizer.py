@@ -77,6 +77,11 @@ def build_optimizer(config: "OptimizerConfig", model: nn.Module, names: Mapping[
     for group_name, options in config.param_groups.items():
         matched = _matches([options["re"]], weights, f"optimizer.param_groups.{group_name}.re")
         mine = [name for name in free if name in matched]
+        if not mine:
+            logger.warning(
+                "optimizer.param_groups.%s: left out; the weights that it matches are kept fixed or in another group",
+                group_name,
+            )
         overrides = {key: value for key, value in options.items() if key != "re"}
         groups.append({"name": group_name, "params": [free.pop(name) for name in mine], **overrides})
     groups.insert(0, {"name": "default", "params": list(free.values())})

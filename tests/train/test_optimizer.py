@@ -78,9 +78,14 @@ def test_force_train_and_force_no_train_decide_what_moves():
     assert moved == {"aev.eta_s", "heads.0.weight", "heads.0.bias"}
 
 
-def test_a_group_whose_weights_are_all_fixed_is_left_out():
-    config = optimizer_config(param_groups={"a": {"re": "afv"}}, force_no_train=["afv"])
-    assert [group["name"] for group in build_optimizer(config, Net()).param_groups] == ["default"]
+def test_a_group_without_weights_is_left_out_and_named(caplog):
+    param_groups = {"a": {"re": "afv"}, "b": {"re": "heads"}, "c": {"re": r"heads\.0"}}
+    config = optimizer_config(param_groups=param_groups, force_no_train=["afv"])
+    assert [group["name"] for group in build_optimizer(config, Net()).param_groups] == ["b"]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "optimizer.param_groups.a",
+        "optimizer.param_groups.c",
+    ]
 
 
 @pytest.mark.parametrize(
