@@ -5,7 +5,6 @@ a login, a server or a disk, and nothing that goes wrong there ends it. What can
 own ``metrics.jsonl`` holds the numbers in any case.
 """
 
-import atexit
 import importlib.util
 import json
 import logging
@@ -13,12 +12,10 @@ import netrc
 import os
 import queue
 import secrets
-import string
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +53,10 @@ CLOSE_TIMEOUT = INIT_TIMEOUT + FINISH_TIMEOUT
 """Seconds that the end of a run waits for a logger, which may have to start yet."""
 
 HISTOGRAM_BINS = 64
-"""Bins of the histograms of weights and gradients."""
+"""Bins of the histograms of weights and gradients in W&B."""
+
+ModuleRow = tuple[str, str, dict[str, list[int]]]
+"""A module: name (dotted, as in the checkpoint), class, and {weight: shape}."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def start_loggers(
     started: list[Logger] = []
     watched = None
     if config.wandb is not None and (mode := wandb_mode(config.wandb.init)) != "disabled":
-        state.setdefault("wandb_id", _new_id())
+        state.setdefault("wandb_id", secrets.token_hex(4))  # not from the random numbers of the training
         wandb = Logger(WandbSink(config, folder, settings, mode, state["wandb_id"]))
         if "iteration" in state:
             wandb.put(state["numbers"], state["iteration"])
@@ -124,7 +124,7 @@ class Loggers:
         self._graph_is_due = watched is not None and watched.log_graph
 
     def log(self, numbers: Mapping[str, Any], iteration: int) -> None:
-        """Log numbers by name; tensors on a GPU are to be read by the caller, together."""
+        """Log by name numbers, arrays (as histograms) and what `module_tree` returns."""
         plain = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
         if self._state.get("iteration") != iteration:
             self._state.update(iteration=iteration, numbers={})
@@ -137,10 +137,10 @@ class Loggers:
         if self._watched is None:
             return
         if self._graph_is_due:
-            self.log({"graph_0": ModuleTree.of(model)}, iteration)
+            self.log({"graph_0": module_tree(model)}, iteration)
             self._graph_is_due = False
         if iteration % self._watched.log_freq == 0:
-            self.log(histograms(model, self._watched.log), iteration)
+            self.log(watched_values(model, self._watched.log), iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that continues this one needs.
@@ -228,10 +228,7 @@ class Sink(Protocol):
         """Get ready."""
 
     def write(self, numbers: Mapping[str, Any], iteration: int) -> None:
-        """Log numbers, `Histogram` and `ModuleTree` by name."""
-
-    def flush(self) -> None:
-        """Write out; called when there is nothing more to write for now."""
+        """Log numbers, arrays and the tree of a model by name; what was written survives the end of the process."""
 
     def close(self, exit_code: int) -> None:
         """Finish."""
@@ -246,7 +243,6 @@ class Logger:
         self._finishing = False
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._run, name=f"logger-{sink.name}", daemon=True)
-        atexit.register(self._exit)
         self._thread.start()
 
     def put(self, numbers: Mapping[str, Any], iteration: int) -> None:
@@ -262,7 +258,6 @@ class Logger:
 
     def join(self) -> None:
         """Wait until the sink is closed, at most CLOSE_TIMEOUT."""
-        atexit.unregister(self._exit)
         self._thread.join(CLOSE_TIMEOUT)
         if self._thread.is_alive():
             self._warn(f"not finished after {CLOSE_TIMEOUT:.0f} s; what it holds is in {self._sink.place}")
@@ -270,38 +265,25 @@ class Logger:
     def _run(self) -> None:
         try:
             self._sink.open()
-            # What is registered last is called first: now before wandb ends its own process.
-            atexit.unregister(self._exit)
-            atexit.register(self._exit)
             self._consume()
         except Exception as error:
             self._warn(f"{_one_line(error)}; the run goes on without it")
 
     def _consume(self) -> None:
         while True:
-            if self._queue.empty():
-                self._attempt(self._sink.flush)
             item = self._queue.get()
             if isinstance(item, int):
                 self._sink.close(item)
                 return
-            self._attempt(self._sink.write, *item)
-
-    def _attempt(self, action: Any, *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            self._warn(f"{_one_line(error)}; not all numbers are logged")
+            try:
+                self._sink.write(*item)
+            except Exception as error:
+                self._warn(f"{_one_line(error)}; not all numbers are logged")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning("%s: %s", self._sink.name, message)
-
-    def _exit(self) -> None:
-        """End of a process that has not closed its loggers: something went wrong."""
-        self.finish(1)
-        self.join()
 
 
 def _one_line(error: BaseException) -> str:
@@ -382,19 +364,26 @@ class WandbSink:
             import wandb
         # Elsewhere wandb makes its folder among the temporary files, and says so to nobody.
         self._directory.mkdir(parents=True, exist_ok=True)
-        settings = _wandb_settings()
+        # A report on wandb itself, where packets get lost, holds up the end by 10 s.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            login_timeout=1.0,
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1.0,
+        )
         if self._mode == "online" and (reason := wandb_obstacle(wandb.setup(settings).settings)):
             self._go_offline(reason)
+        if self._mode == "online":
+            try:
+                self._run = wandb.init(mode="online", settings=settings, **self._arguments)
+            except (wandb.Error, OSError) as error:
+                self._go_offline(_one_line(error))
+                wandb.teardown()  # which holds the id of the run that did not start
         if self._mode == "offline":
-            _report_nothing()
-        try:
-            self._run = wandb.init(mode=self._mode, settings=settings, **self._arguments)
-        except (wandb.Error, OSError) as error:
-            if self._mode == "offline":
-                raise
-            self._go_offline(_one_line(error))
-            _report_nothing()
-            wandb.teardown()  # which holds the id of the run that did not start
             self._run = wandb.init(mode="offline", settings=settings, **self._arguments)
         self.place = str(Path(self._run.dir).parent)
         if self._mode == "online":
@@ -412,16 +401,12 @@ class WandbSink:
 
         row: dict[str, Any] = {}
         for name, value in numbers.items():
-            if isinstance(value, ModuleTree):
+            if isinstance(value, list):
                 self._run.summary[name] = _wandb_graph(value)
-            elif isinstance(value, Histogram):
-                row[name] = wandb.Histogram(np_histogram=(value.counts, value.edges))
             else:
-                row[name] = value
+                histogram = isinstance(value, np.ndarray)
+                row[name] = wandb.Histogram(np_histogram=np.histogram(value, HISTOGRAM_BINS)) if histogram else value
         self._run.log(row, step=iteration)
-
-    def flush(self) -> None:
-        """Nothing to do: wandb's process writes once a second."""
 
     def close(self, exit_code: int) -> None:
         """Finish the run; what is not uploaded in FINISH_TIMEOUT stays in its folder."""
@@ -429,31 +414,6 @@ class WandbSink:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
             logger.warning("wandb: not all is uploaded; `wandb sync %s` does it later", self.place)
-
-
-def _wandb_settings() -> Any:
-    """Return settings of wandb with which it neither speaks nor waits for long.
-
-    A wandb older than 0.31 lacks some of them: there a killed run loses more, and an end without network takes longer.
-    """
-    import wandb
-
-    wanted: dict[str, Any] = {
-        "silent": True,
-        "console": "off",
-        "login_timeout": 1.0,
-        "init_timeout": INIT_TIMEOUT,
-        "finish_timeout": FINISH_TIMEOUT,
-        "finish_timeout_raises": True,
-        "x_transaction_log_flush_interval": 1.0,
-    }
-    known = wandb.Settings()
-    return wandb.Settings(**{name: value for name, value in wanted.items() if hasattr(known, name)})
-
-
-def _report_nothing() -> None:
-    """Keep wandb's process from reporting on itself: where packets get lost, that holds up the end by 10 s."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def wandb_mode(init: "WandbInitConfig") -> str:
@@ -503,16 +463,11 @@ PUBLIC_SERVERS = ("api.wandb.ai", "api.forge.coreweave.com")
 """Names of the public server of W&B; a key for the first is good for the others."""
 
 
-def _new_id() -> str:
-    """Return an id of a W&B run; not from the random numbers of the training."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
-def _wandb_graph(tree: "ModuleTree") -> Any:
+def _wandb_graph(tree: list[ModuleRow]) -> Any:
     from wandb.data_types import Graph, Node
 
     graph = Graph("torch")
-    for name, kind, shapes in tree.modules:
+    for name, kind, shapes in tree:
         node = graph.add_node(Node(id=name, name=name, class_name=kind, size=shapes))
         parent = graph.nodes_by_id.get(name.rpartition(".")[0] if "." in name else "")
         if parent is not None and parent is not node:
@@ -559,14 +514,11 @@ class TensorBoardSink:
     def write(self, numbers: Mapping[str, Any], iteration: int) -> None:
         """Log numbers as scalars."""
         for name, value in numbers.items():
-            if isinstance(value, Histogram):
-                self._writer.add_histogram_raw(name, **value.moments(), global_step=iteration)
+            if isinstance(value, np.ndarray):
+                self._writer.add_histogram(name, value, iteration)
             elif isinstance(value, int | float):
                 self._writer.add_scalar(name, value, iteration)
-
-    def flush(self) -> None:
-        """Write out, so that curves are up to date and a killed run loses nothing."""
-        self._writer.flush()
+        self._writer.flush()  # so that curves are up to date and a killed run loses nothing
 
     def close(self, exit_code: int) -> None:
         """Close the file."""
@@ -578,81 +530,25 @@ class TensorBoardSink:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """How often values lie between edges.
+def watched_values(model: nn.Module, what: str) -> dict[str, np.ndarray]:
+    """Return a model's ``gradients``, ``parameters`` or ``all`` of them by name: a copy of the values that are finite.
 
-    Attributes
-    ----------
-    counts : numpy.ndarray
-        Shape (HISTOGRAM_BINS,).
-    edges : numpy.ndarray
-        Shape (HISTOGRAM_BINS + 1,).
-    total, total_squares : float
-        Sum of the values, and of their squares.
+    A weight without a finite value, or without a gradient, is left out.
     """
-
-    counts: np.ndarray
-    edges: np.ndarray
-    total: float
-    total_squares: float
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> "Histogram":
-        """Count those of the values that are finite."""
-        values = values[np.isfinite(values)]
-        counts, edges = np.histogram(values, HISTOGRAM_BINS)
-        return cls(counts, edges, float(values.sum()), float(np.square(values).sum()))
-
-    def moments(self) -> dict[str, Any]:
-        """Return what TensorBoard wants to know."""
-        return {
-            "min": float(self.edges[0]),
-            "max": float(self.edges[-1]),
-            "num": int(self.counts.sum()),
-            "sum": self.total,
-            "sum_squares": self.total_squares,
-            "bucket_limits": self.edges[1:].tolist(),
-            "bucket_counts": self.counts.tolist(),
-        }
-
-
-def histograms(model: nn.Module, what: str) -> dict[str, Histogram]:
-    """Return histograms of a model's ``gradients``, ``parameters`` or ``all`` of them, by name.
-
-    A weight that has no gradient has no histogram of it.
-    """
-    found: dict[str, Histogram] = {}
+    tensors: dict[str, Tensor | None] = {}
     for name, parameter in model.named_parameters():
         if what in ("parameters", "all"):
-            found[f"parameters/{name}"] = Histogram.of(_values(parameter))
-        if what in ("gradients", "all") and parameter.grad is not None:
-            found[f"gradients/{name}"] = Histogram.of(_values(parameter.grad))
-    return found
+            tensors[f"parameters/{name}"] = parameter.detach()
+        if what in ("gradients", "all"):
+            tensors[f"gradients/{name}"] = parameter.grad
+    values = {name: tensor.double().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+    finite = {name: array[np.isfinite(array)] for name, array in values.items()}
+    return {name: array for name, array in finite.items() if array.size}
 
 
-def _values(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().cpu().numpy().ravel()
-
-
-@dataclass(frozen=True)
-class ModuleTree:
-    """What a model is made of.
-
-    Attributes
-    ----------
-    modules : tuple
-        Name (dotted, as in the checkpoint), class, and {weight: shape} of each module, parents first.
-    """
-
-    modules: tuple[tuple[str, str, dict[str, list[int]]], ...]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "ModuleTree":
-        """Read a model; the model itself is the module with the empty name."""
-        return cls(
-            tuple(
-                (name, type(module).__name__, {key: list(p.shape) for key, p in module.named_parameters(recurse=False)})
-                for name, module in model.named_modules()
-            )
-        )
+def module_tree(model: nn.Module) -> list[ModuleRow]:
+    """Return what a model is made of, parents first; the model itself has the empty name."""
+    return [
+        (name, type(module).__name__, {key: list(p.shape) for key, p in module.named_parameters(recurse=False)})
+        for name, module in model.named_modules()
+    ]
