@@ -1,11 +1,11 @@
 """Where a run comes from: time, machine, command, versions, commit."""
 
-import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +15,6 @@ import torch
 
 import aimnet2mult
 from aimnet2mult.models.base import versions
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = ("numpy", "h5py", "pytorch-ignite", "omegaconf", "PyYAML", "wandb", "tensorboard")
 """Packages whose versions are recorded besides those of `aimnet2mult.models.base.versions`."""
@@ -62,42 +60,31 @@ def _working_folder() -> str | None:
 def _package_versions() -> dict[str, str]:
     found = {"cuda": torch.version.cuda} if torch.version.cuda is not None else {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def source_commit(folder: Path) -> dict[str, Any] | None:
     """Return ``commit`` and ``dirty`` (whether tracked files were changed) of a git checkout.
 
-    Only a folder that is the top of a checkout counts: an installed package inside somebody's repository is no part of
-    it. None for other folders, and where git is missing, fails or does not answer within `GIT_TIMEOUT`; ``dirty`` alone
-    is None where only the comparison does.
+    None for a folder that is not the top of a checkout (an installed package inside somebody's repository is no part of
+    it), and where git is missing, fails or does not answer within `GIT_TIMEOUT`.
     """
     if not (folder / ".git").exists():
         return None
-    commit = _ask_git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return None
-    changes = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _ask_git(folder: Path, *question: str) -> str | None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
-        answer = subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *question],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=GIT_TIMEOUT,
-            env=environment,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("git %s: %s", " ".join(question), error)
+        commit = _ask_git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_ask_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _ask_git(folder: Path, *question: str) -> str:
+    # Inside a hook of git its variables name another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *question]
+    answer = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_TIMEOUT, env=environment, check=True
+    )
     return answer.stdout.decode(errors="replace").strip()
