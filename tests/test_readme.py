@@ -134,7 +134,7 @@ def test_the_example_from_beginning_to_end(tmp_path):
     from aimnet2mult.tools.compile_jit import compile_model
 
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    short = ["trainer.epochs=1", "data.samplers.train.kwargs.batches_per_epoch=20"]
+    short = ["trainer.epochs=1", "data.samplers.train.kwargs.batches_per_epoch=60"]  # more steps than the warm-up
     for script in ("run_example.sh", "continue_training.sh"):
         subprocess.run(["bash", str(ROOT / "examples" / script), *short], check=True, env=environment, timeout=900)
     assert (tmp_path / "report" / "errors.md").is_file()
