@@ -125,12 +125,13 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path, name, overwrite):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_resumed_run_continues_log_and_sessions(finished):
+def test_resumed_run_continues_log_and_sessions(finished, monkeypatch):
     (finished / "train.log").write_text("first session\n")
     stale = finished / f".r_last_iter_000000030.{'0' * 8}-1-abcdef.pt"
     stale.touch()
     os.utime(stale, (0, 0))
     package = logging.getLogger("aimnet2mult.test")
+    monkeypatch.setattr(package, "propagate", False)  # reports of tests cannot hold what is no text
     log = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     package.addHandler(log)
     try:
