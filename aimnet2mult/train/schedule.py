@@ -31,7 +31,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from aimnet2mult.config.builder import ConfigError, nearest, resolve
-from aimnet2mult.train import scheduler_state
 from aimnet2mult.train.monitor import Monitor
 from aimnet2mult.train.optimizer import reference_optimizer
 from aimnet2mult.train.utils import accepted_keywords
@@ -142,7 +141,7 @@ class Schedule:
         self.reference = reference_optimizer(optimizer_config)
         self.initial = {key: value for key, value in self.reference.param_groups[0].items() if key != "params"}
         self.optimizer = optimizer
-        self.changed: set[str] = set()
+        self.changed = {"lr"}  # what the schedule has changed so far
         self.group_initial = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
         self.terminate_below = config.terminate_on_low_lr or 0.0
         self.warmup = _checked_warmup(config.warmup)
@@ -170,10 +169,11 @@ class Schedule:
             raise ConfigError(f"scheduler: {config.class_}: {error}") from error
         if length is not None:
             self._check_end(total)
-        self.parts = scheduler_state.parts(self.scheduler, config.class_)
+        self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
         if isinstance(self.scheduler, ParamScheduler):
             self.scheduler(None)  # Ignite's schedulers set their first value when called, those of torch when built
         self.peak = self._scheduled_rate
+        self.followed_values: list[float] = []
         self._follow()
 
     @property
@@ -237,9 +237,15 @@ class Schedule:
 
     def _count(self, unit: str, metrics: Mapping[str, float] | None = None) -> None:
         self.counts[unit] += 1
-        if unit == self.unit and (self.rests_after is None or self.counts[unit] < self.rests_after):
-            self._advance(metrics)
+        if unit == self.unit:
+            if self.monitor is not None:
+                self.followed_values.append(float(self.monitor.value(metrics or {})))
+            if not self._rests(self.counts[unit]):
+                self._advance(self.counts[unit])
         self._follow()
+
+    def _rests(self, step: int) -> bool:
+        return self.rests_after is not None and step >= self.rests_after
 
     def _check_end(self, total: int) -> None:
         """Refuse a cycle that is over before the run: torch raises then, perhaps after weeks."""
@@ -249,19 +255,16 @@ class Schedule:
                 f"{total} ({self.unit}s); use total_steps: {TOTAL}"
             )
 
-    def _advance(self, metrics: Mapping[str, float] | None) -> None:
-        self.reference.step()  # no gradient, no effect: torch warns about schedules ahead of their optimiser
+    def _advance(self, step: int) -> None:
+        """Take the scheduler's step of this number, counted from 1."""
         try:
             if self.monitor is not None:
-                self.scheduler.step(self.monitor.value(metrics or {}))
+                self.scheduler.step(self.followed_values[step - 1])
             elif isinstance(self.scheduler, ParamScheduler):
                 self.scheduler(None)
             else:
                 self.scheduler.step()
-        except ConfigError:
-            raise
         except (TypeError, ValueError, ArithmeticError) as error:
-            step = self.counts[self.unit]
             raise ConfigError(f"scheduler.kwargs: {self.name}: {error} (after {self.unit} {step})") from error
         self.peak = max(self.peak, self._scheduled_rate)
 
@@ -271,8 +274,6 @@ class Schedule:
             return
         now = self.reference.param_groups[0]
         self.changed |= {key for key, value in self.initial.items() if now[key] != value}
-        if self.warmup is not None:
-            self.changed.add("lr")
         for key in self.changed:
             for group, own in zip(self.optimizer.param_groups, self.group_initial, strict=True):
                 scales = isinstance(now[key], int | float) and self.initial[key] != 0
@@ -283,53 +284,26 @@ class Schedule:
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: numbers, texts, lists and mappings only."""
-        group = {key: value for key, value in self.reference.param_groups[0].items() if key != "params"}
-        return {
-            "arguments": self.arguments,
-            "counts": dict(self.counts),
-            "scheduler": scheduler_state.state_of(self.parts),
-            "group": scheduler_state.copied(group),
-            "changed": sorted(self.changed),
-            "peak": self.peak,
-            "share": self._scheduled_rate / self.initial["lr"],
-        }
+        """Return what a checkpoint keeps: texts, numbers, and lists and mappings of such."""
+        return {"arguments": self.arguments, "counts": dict(self.counts), "followed": list(self.followed_values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, at rates that are bitwise the same; restore the optimiser before.
 
-        If the settings of the schedule have changed (also by ``total``, when epochs were added), it goes on as if they
-        had been the new ones from the beginning. A plateau, whose past is not known, keeps the share of the base rate
-        that it had come down to, and its patience begins anew. Both are said in the log.
+        The scheduler, just built, takes the steps again that it had taken (some microseconds each): no two kinds
+        remember alike, and some tell only a part of what they remember. If the settings of the schedule have changed
+        (also by ``total``, when epochs were added), this makes it as if they had been the new ones from the beginning,
+        and the log says so.
         """
-        if state["arguments"] == self.arguments and scheduler_state.fits(self.parts, state["scheduler"]):
-            scheduler_state.restore(self.parts, state["scheduler"])
-            self.reference.param_groups[0].update(scheduler_state.copied(state["group"]))
-            self.counts = dict(state["counts"])
-            self.changed = set(state["changed"])
-            self.peak = state["peak"]
-            self._follow()
-        else:
-            self._begin_again(state)
-
-    def _begin_again(self, state: Mapping[str, Any]) -> None:
-        """Bring a schedule with other settings to where the one of a checkpoint was."""
-        counts = dict(state["counts"])
-        if self.monitor is None:
+        if state["arguments"] != self.arguments:
             logger.warning(
                 "the schedule is not that of the checkpoint; it goes on as if it had been from the beginning"
             )
-            for _ in range(counts[self.unit]):
-                self.step()
-        else:
-            share = state["share"]
-            logger.warning(
-                "the schedule is not that of the checkpoint; it goes on at %.3g of the base rate, its patience anew",
-                share,
-            )
-            self.reference.param_groups[0]["lr"] *= share
-        self.counts = counts
-        self.changed.add("lr")
+        self.counts, self.followed_values = dict(state["counts"]), list(state["followed"])
+        for step in range(1, self.counts[self.unit] + 1):
+            if self._rests(step):
+                break
+            self._advance(step)
         self._follow()
 
 
