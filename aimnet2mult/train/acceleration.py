@@ -26,6 +26,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -244,9 +245,15 @@ class CompiledForces(Forces):
         self.train(forces.training)
         # In a tuple, so that the model's parameters are not listed twice.
         self._network = (_Network(self.model),)
-        options = {"backend": backend, "options": _INDUCTOR if backend == "inductor" else None}
-        self._compiled_results = torch.compile(_results, fullgraph=True, dynamic=True, **options)
-        self._compiled_gradient = torch.compile(_gradient_and_results, fullgraph=True, dynamic=True, **options)
+        compiled = partial(
+            torch.compile,
+            fullgraph=True,
+            dynamic=True,
+            backend=backend,
+            options=_INDUCTOR if backend == "inductor" else None,
+        )
+        self._compiled_results = compiled(_results)
+        self._compiled_gradient = compiled(_gradient_and_results)
 
     def _with_forces(self, data: Batch) -> Batch:
         return self._run(data, with_forces=True)
@@ -400,7 +407,7 @@ def _compiler_problems(device_type: str) -> list[str]:
     problems = []
     if torch.torch_version.TorchVersion(torch.__version__) < _TORCH:
         problems.append(
-            f"trainer.compile: is tested with torch {_TORCH[0]}.{_TORCH[1]} and later, found {torch.__version__}. "
+            f"trainer.compile: is tested with torch {_TORCH} and later, found {torch.__version__}. "
             "Update torch, or set trainer.compile=false"
         )
     if shutil.which(compiler) is None:
@@ -413,7 +420,7 @@ def _compiler_problems(device_type: str) -> list[str]:
     return problems
 
 
-_TORCH = (2, 13)
+_TORCH = "2.13"
 """What the compiler can do with second derivatives and varying sizes differs from version to version."""
 
 _CXX = {"darwin": "clang++", "win32": "cl"}
