@@ -18,18 +18,9 @@ One training process that gets a signal is enough for all to stop, since they as
 (`aimnet2mult.train.processes.any_rank`). If the launcher is gone (SIGKILL, or SIGUSR1 to torchrun), they stop within
 some seconds as if they had got SIGTERM.
 
-In a SLURM script, on one machine, 120 s before the end of the time::
-
-    #SBATCH --signal=USR1@120
-    srun --ntasks=1 python -m aimnet2mult.train.cli ...
-
-SLURM sends this signal to what ``srun`` starts, not to the script itself. Without ``srun``, write
-``#SBATCH --signal=B:USR1@120`` and ``exec python -m aimnet2mult.train.cli ...`` as the last line, so that Python takes
-the place of the shell, which would not pass the signal on. On several machines, with torchrun::
-
-    #SBATCH --signal=TERM@120
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
-    srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES ... -m aimnet2mult.train.cli ...
+docs/training.md has job scripts for SLURM. Its signals go to what ``srun`` starts, not to the script itself; without
+``srun``, write ``#SBATCH --signal=B:USR1@120`` and ``exec python -m aimnet2mult.train.cli ...`` as the last line, so that
+Python takes the place of the shell, which would not pass the signal on.
 """
 
 import os
