@@ -222,8 +222,7 @@ def save_checkpoint(
     for key, value in (extra or {}).items():
         assert key not in checkpoint, key
         checkpoint[key] = value
-    with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+    _write(checkpoint, path)
 
 
 def copy_model(source: str | Path, target: str | Path) -> None:
@@ -236,8 +235,26 @@ def copy_model(source: str | Path, target: str | Path) -> None:
     """
     checkpoint = load_checkpoint(source)
     checkpoint.pop("training", None)
-    with atomic_path(target) as temporary:
-        torch.save(checkpoint, temporary)
+    _write(checkpoint, target)
+
+
+def _write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises
+    ------
+    OSError
+        It cannot be written, as on a full disk. torch tells this of a file of Python's, and covers it with another error.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
 
 
 def _plain(value: Any) -> Any:

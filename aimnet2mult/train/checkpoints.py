@@ -67,8 +67,8 @@ class Checkpoints:
         Number of newest checkpoints, 1 or more.
     writes : bool
         False for all processes but one: they decide the same, but neither call ``write`` nor look at files.
-    score_name : str
-        What the score is called in the names of files.
+    score_name : str or None
+        What the score is called in the names of files; None: it is no error, and they do not tell it.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class Checkpoints:
         n_saved: int = 3,
         keep_last: int = 2,
         writes: bool = True,
-        score_name: str = "loss",
+        score_name: str | None = "loss",
     ) -> None:
         if n_saved < 1:
             raise ConfigError(f"checkpoint.kwargs.n_saved: {n_saved}; keep one checkpoint or more")
@@ -98,7 +98,7 @@ class Checkpoints:
             )
         self.folder, self.prefix, self.writes = Path(folder), prefix, writes
         self.n_saved, self.keep_last = n_saved, keep_last
-        self.score_name = re.sub(r"[^A-Za-z0-9.+-]+", "_", score_name)[:LONGEST_SCORE_NAME]
+        self.score_name = score_name and re.sub(r"[^A-Za-z0-9.+-]+", "_", score_name)[:LONGEST_SCORE_NAME]
         self.best: list[SavedCheckpoint] = []
         self.last: list[SavedCheckpoint] = []
         self._iteration = 0
@@ -114,7 +114,8 @@ class Checkpoints:
         if not math.isfinite(score) or (len(scores) >= self.n_saved and score >= scores[self.n_saved - 1]):
             return None
         text = f"{score:.6f}" if 1e-3 <= abs(score) < 1e9 or score == 0 else f"{score:.6e}"
-        name = f"{self.prefix}_epoch_{epoch:04d}_iter_{iteration:07d}_{self.score_name}_{text}.pt"
+        score_text = f"_{self.score_name}_{text}" if self.score_name else ""
+        name = f"{self.prefix}_epoch_{epoch:04d}_iter_{iteration:07d}{score_text}.pt"
         new = SavedCheckpoint(name, epoch, iteration, score)
         best = sorted([*others, new], key=lambda saved: (saved.score, saved.iteration))[: self.n_saved]
         return self._save(new, best, self.last, write)

@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 
@@ -58,7 +60,8 @@ def main(
 
     Settings, log, metrics and checkpoints go to checkpoint.dirname (runs/RUN_NAME). SIGTERM and SIGUSR1 write a
     checkpoint and end the program (exit status 0, the trained model is not there yet); go on with --resume. Ctrl-C
-    saves the model as it stands, too (exit status 130). Several machines: torchrun -m aimnet2mult.train.cli ...
+    saves the model as it stands, too (exit status 130), a second one ends the program at once. Several machines:
+    torchrun -m aimnet2mult.train.cli ...
     """  # noqa: D301 - click wants the control character itself
     if resume is not None and (overwrite or (load is not None and resume != "auto")):
         raise UserError(f"--resume: goes on with a run; remove {'--overwrite' if overwrite else '--load'}")
@@ -82,7 +85,7 @@ def main(
         ) from error
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(verbose, rank)
-    with rank_errors():
+    with _interruptible(), rank_errors():
         job = read_job(config, model, overrides, resume, overwrite)
         if job.resume is not None:
             load = None  # --resume auto --load FILE: what the run began with
@@ -92,7 +95,7 @@ def main(
         if (count := wanted_processes(job.config.device, processes)) > 1:
             sys.exit(relaunch(count, _without_processes(sys.argv[1:])))
         if dry_run:
-            text = rehearse(job, load)
+            text = rehearse(job, save, load)
             if rank == 0:
                 click.echo(text)
             return
@@ -102,8 +105,21 @@ def main(
         if result.saved:
             click.echo(f"{result.path}: model of epoch {result.epoch}")
     if result.end.reason == INTERRUPTED:
-        click.echo("Interrupted.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        _end_interrupted()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End the program where Ctrl-C raises an exception: before the training, or the second time."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_interrupted()
+
+
+def _end_interrupted() -> NoReturn:
+    click.echo("Interrupted.", err=True)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def _without_processes(arguments: Sequence[str]) -> list[str]:

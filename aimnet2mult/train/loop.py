@@ -10,7 +10,7 @@ one that was never interrupted.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -154,14 +154,19 @@ class Training:
         Raises
         ------
         NotFiniteError
-            More than ``trainer.max_skipped`` steps in a row had no finite loss or gradient.
+            More than ``trainer.max_skipped`` steps in a row had no finite loss or gradient. They changed nothing, so
+            that the checkpoint of this moment, too, is one to go on from.
         """
         at = self.position
         self.recorder.progress.start(at.iteration)
-        with self.recorder.progress:
-            end = self.finish_iteration() if at.unfinished else self.ending()
-            while end is None:
-                end = self.run_epoch()
+        try:
+            with self.recorder.progress:
+                end = self.finish_iteration() if at.unfinished else self.ending()
+                while end is None:
+                    end = self.run_epoch()
+        except NotFiniteError:
+            self.save()
+            raise
         self.save()
         return end
 
@@ -182,7 +187,13 @@ class Training:
             return list(islice(batches, self.config.trainer.accumulate))
 
     def train_on(self, batches: list[Batch]) -> None:
-        """Make one step and take note of it."""
+        """Make one step and take note of it.
+
+        Raises
+        ------
+        NotFiniteError
+            It was one too many without a finite loss or gradient.
+        """
         at = self.position
         result = self.step(batches)
         at.iteration += 1
@@ -194,25 +205,30 @@ class Training:
             self.schedule.iteration()
         self.count_skipped(result)
         self.recorder.step(at.epoch + 1, at.iteration, batches, result, at.skipped)
+        if at.skipped_in_a_row > self.config.trainer.max_skipped:
+            raise NotFiniteError(
+                f"trainer.max_skipped: loss or gradient was not finite in {at.skipped_in_a_row} steps in a row; the "
+                f"last was {self.describe(result)}. Look for wrong labels in the data, or begin a new run with a lower "
+                "learning rate from the weights of this one (--load). With a larger trainer.max_skipped it goes on "
+                "(--resume)"
+            )
 
     def count_skipped(self, result: StepResult) -> None:
-        """Count steps without effect; too many in a row are an error."""
+        """Count steps without effect."""
         at = self.position
         if result.applied:
             at.skipped_in_a_row = 0
             return
         at.skipped += 1
         at.skipped_in_a_row += 1
+        what = self.describe(result)
+        logger.warning("loss or gradient is not finite, the step is skipped (%d so far): %s", at.skipped, what)
+
+    def describe(self, result: StepResult) -> str:
+        """Return where the run stands and what came of its last step, in words."""
+        at = self.position
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in result.losses.items())
-        where = (
-            f"iteration {at.iteration} (epoch {at.epoch + 1}): {values}, gradient norm {float(result.grad_norm):.4g}"
-        )
-        logger.warning("loss or gradient is not finite, the step is skipped (%d so far): %s", at.skipped, where)
-        if at.skipped_in_a_row > self.config.trainer.max_skipped:
-            raise NotFiniteError(
-                f"trainer.max_skipped: loss or gradient was not finite in {at.skipped_in_a_row} steps in a row; the "
-                f"last was {where}. Look for wrong labels in the data, or lower the learning rate"
-            )
+        return f"iteration {at.iteration} (epoch {at.epoch + 1}): {values}, gradient norm {float(result.grad_norm):.4g}"
 
     def finish_iteration(self) -> End | None:
         """Do what follows a step: validation, end of the epoch, checkpoint; return why the run ends, if it does."""
@@ -247,7 +263,7 @@ class Training:
             rate = f"{self.schedule.rate:.3g}"
             return End(True, f"the learning rate fell to {rate}, below scheduler.terminate_on_low_lr")
         stopping = self.early_stopping
-        if stopping is not None and stopping.waited >= stopping.patience:
+        if stopping is not None and stopping.exhausted:
             return End(True, f"no improvement of {stopping.monitor.text} in {stopping.waited} validations")
         if self.position.epoch >= self.config.trainer.epochs:
             return End(True, f"{self.position.epoch} epochs are complete")
@@ -375,8 +391,10 @@ class Training:
         self.checkpoints.load_state_dict(state["checkpoints"])
 
 
-def evaluate(evaluator: Engine, loader: MoleculeLoader, stop: StopRequest | None = None) -> dict[str, float]:
-    """Evaluate the validation molecules; return loss and metrics by name.
+def evaluate(
+    evaluator: Engine, loader: MoleculeLoader | Sequence[Batch], stop: StopRequest | None = None
+) -> dict[str, float]:
+    """Evaluate the validation molecules, in batches of this process; return loss and metrics by name.
 
     Raises
     ------

@@ -26,10 +26,11 @@ class Recorder:
     """Tells what happens in a run.
 
     ``metrics.jsonl`` gets a line every ``log_frequency.train`` iterations (``train/loss``, ``train/{component}_loss``,
-    ``train/grad_norm``: means since the last such line) and one for each validation (``val/...``, and
-    ``train_mean/...``: means since the last validation). Every line has ``epoch``, ``iteration`` and the learning rate
-    ``lr/{group}`` of each group of weights. Times go to ``timing.jsonl``, so that a run that was interrupted writes
-    the same metrics as one that was not; the loggers get both.
+    ``train/grad_norm``: means since the last such line; ``train/skipped``: steps without effect so far, if there are
+    any) and one for each validation (``val/...``, and ``train_mean/...``: means since the last validation). Every line
+    has ``epoch``, ``iteration`` and the learning rate ``lr/{group}`` of each group of weights. Times go to
+    ``timing.jsonl``, so that a run that was interrupted writes the same metrics as one that was not; the loggers get
+    both.
 
     Parameters
     ----------
@@ -104,6 +105,8 @@ class Recorder:
         """Write the means over the steps since the last report."""
         means = {f"train/{name}": value for name, value in self.since_report.read().items()}
         record = {"epoch": epoch, "iteration": iteration, **self.learning_rates, **means}
+        if skipped:
+            record["train/skipped"] = skipped
         times = self.timer.numbers()
         self.history.add(record)
         self.history.add_timing({"epoch": epoch, "iteration": iteration, **times})
@@ -122,7 +125,8 @@ class Recorder:
         self.history.add(record)
         self.loggers.log(record, iteration)
         losses = [f"{stage} loss {record[key]:.5g}" for stage, key in STAGES if key in record]
-        logger.info("epoch %d, iteration %d: %s", epoch, iteration, ", ".join(losses))
+        if losses:
+            logger.info("epoch %d, iteration %d: %s", epoch, iteration, ", ".join(losses))
         if metrics:
             logger.info("validation errors\n%s", metrics_table(metrics, self.units))
 

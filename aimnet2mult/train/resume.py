@@ -4,6 +4,7 @@ A run goes on with the settings and the data that it began with; `FREE_SETTINGS`
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.models.base import load_model_config
 from aimnet2mult.train.configuration import load_config
 from aimnet2mult.train.data import Data
-from aimnet2mult.train.run_folder import Resume, changed_data, find_resume
+from aimnet2mult.train.run_folder import MARKS, Resume, changed_data, find_resume
 from aimnet2mult.train.schema import TrainConfig, to_dict
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,6 @@ AUTO = "auto"
 """What stands for the run in ``checkpoint.dirname``, if there is one."""
 
 FREE_SETTINGS = (
-    "run_name",
-    "project_name",
     "device",
     "report",
     "init_from",
@@ -44,8 +43,7 @@ FREE_SETTINGS = (
     "trainer.early_stopping.patience",
     "trainer.deterministic",
     "trainer.compile",
-    "checkpoint.dirname",
-    "checkpoint.filename_prefix",
+    "checkpoint.dirname",  # by moving the folder
     "checkpoint.every_iterations",
     "checkpoint.every_minutes",
     "checkpoint.keep_last",
@@ -109,17 +107,21 @@ def read_job(
     if resume == AUTO:
         settings = load_config(config, overrides)
         resume = settings.checkpoint.dirname
+        if _named_by_time(settings) and not resume.exists():
+            raise ConfigError("--resume auto: finds its run by run_name or checkpoint.dirname; give one of them")
         if not any(resume.glob("*.pt")):
             return Job(settings, load_model_config(model), None, overwrite=True)
     if resume is None:
         return Job(load_config(config, overrides), load_model_config(model), None, overwrite)
     found = find_resume(resume)
+    if found.path == Path(resume).absolute() and not any((found.folder / name).exists() for name in MARKS):
+        raise ConfigError(
+            f"{found.path}: lies in no folder of a run ({' and '.join(MARKS)} are missing). Put it back into its own, "
+            "or begin a new run from its weights with --load"
+        )
     before, model_config = found.content["train_config"], found.content["model_config"]
     settings = load_config(before if config is None else config, overrides)
-    # A run keeps its place and its name; only a moved folder has another place.
-    settings.run_name, settings.project_name = before["run_name"], before["project_name"]
-    settings.checkpoint.dirname = found.folder
-    settings.checkpoint.filename_prefix = before["checkpoint"]["filename_prefix"]
+    _keep_place(settings, before, found.folder, overrides)
     for change in check_settings(before, settings):
         logger.info("changed: %s", change)
     if model is not None and load_model_config(model) != model_config:
@@ -171,6 +173,35 @@ def check_data(content: Mapping[str, Any], data: Data) -> None:
         raise ConfigError(
             "\n".join(problems) + "\nGo on with the same data, or begin a new run from the weights with --load"
         )
+
+
+def _named_by_time(config: TrainConfig) -> bool:
+    """Whether the folder of a run has the name that one gets which was given none."""
+    name = config.checkpoint.dirname.name
+    return name == config.run_name and re.fullmatch(r"run_\d{8}_\d{6}", name) is not None
+
+
+def _keep_place(config: TrainConfig, before: Mapping[str, Any], folder: Path, overrides: Sequence[str]) -> None:
+    """Put the names of a run that goes on, and the folder that it lies in now, into its settings.
+
+    Raises
+    ------
+    ConfigError
+        The command line says otherwise.
+    """
+    kept = {
+        "run_name": before["run_name"],
+        "project_name": before["project_name"],
+        "checkpoint.dirname": folder,
+        "checkpoint.filename_prefix": before["checkpoint"]["filename_prefix"],
+    }
+    given = {override.partition("=")[0] for override in overrides}
+    for key, value in kept.items():
+        section, _, name = key.rpartition(".")
+        owner = getattr(config, section) if section else config
+        if key in given and getattr(owner, name) != value:
+            raise ConfigError(f"{key}: a run that goes on keeps its own, {value}; remove {key} from the command line")
+        setattr(owner, name, value)
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

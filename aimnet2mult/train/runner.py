@@ -7,7 +7,8 @@ data, model, optimiser and a first validation have turned out well.
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
@@ -20,7 +21,7 @@ import yaml
 from torch import nn
 
 from aimnet2mult.config.builder import ConfigError
-from aimnet2mult.data.loaders import MoleculeLoader
+from aimnet2mult.data.loaders import Batch, MoleculeLoader
 from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.splits import save_split
 from aimnet2mult.evaluation.report import training_report
@@ -41,9 +42,10 @@ from aimnet2mult.train.recorder import Recorder
 from aimnet2mult.train.resume import Job, check_data
 from aimnet2mult.train.run_folder import Checkpoints, History, Resume, RunFolder
 from aimnet2mult.train.schedule import RunLength, Schedule, run_length
-from aimnet2mult.train.schema import TrainConfig, to_dict, to_yaml
+from aimnet2mult.train.schema import CheckpointConfig, TrainConfig, to_dict, to_yaml
 from aimnet2mult.train.stop import StopRequest
 from aimnet2mult.train.utils import pick_device, seed_everything
+from aimnet2mult.utils.cli import USER_ERRORS, error_message
 from aimnet2mult.utils.files import check_writable, write_text_atomic
 from aimnet2mult.utils.run_files import DATA, MODEL, MODEL_SETTINGS, SETTINGS, SPLIT
 
@@ -112,22 +114,22 @@ def run_training(job: Job, save: str | Path | None = None, load: str | Path | No
     config = job.config
     with log_buffer() as log, process_group(config.device) as local_rank, deterministic(config.trainer):
         first_process = idist.get_rank() == 0
-        folder = RunFolder(config.checkpoint.dirname, writes=first_process)
-        check_empty(config)
-        folder.check(job.overwrite, None if job.resume is None else job.resume.folder)
-        save = folder.path / MODEL if save is None else check_writable(Path(save).absolute())
+        folder, save = check_places(job, save)
         training, data = build_training(job, pick_device(config.device, local_rank), load)
         first = None
         if job.resume is None:
             first = try_validation(training)
         else:
             go_on(training, job.resume)
-        with folder.begin(
-            descriptions(job, data),
-            log=log,
-            overwrite=job.overwrite,
-            resume=job.resume,
-            processes=idist.get_world_size(),
+        with (
+            folder.begin(
+                descriptions(job, data),
+                log=log,
+                overwrite=job.overwrite,
+                resume=job.resume,
+                processes=idist.get_world_size(),
+            ),
+            errors_into(log),
         ):
             end = train(training, job, first)
             result = save_model(training, save, folder.path, end)
@@ -136,9 +138,23 @@ def run_training(job: Job, save: str | Path | None = None, load: str | Path | No
     return result
 
 
-def check_empty(config: TrainConfig) -> None:
+def check_places(job: Job, save: str | Path | None) -> tuple[RunFolder, Path]:
+    """Check that the run can be written where it is to be; return its folder, and the place of the trained model.
+
+    Raises
+    ------
+    ValueError, OSError
+        A place that cannot be written, or that holds something else.
+    """
+    checkpoint = job.config.checkpoint
+    folder = RunFolder(checkpoint.dirname, writes=idist.get_rank() == 0)
+    check_empty(checkpoint)
+    folder.check(job.overwrite, None if job.resume is None else job.resume.folder)
+    return folder, folder.path / MODEL if save is None else check_writable(Path(save).absolute())
+
+
+def check_empty(checkpoint: CheckpointConfig) -> None:
     """Refuse a folder with checkpoints if the settings say that there must be none, whatever else allows it."""
-    checkpoint = config.checkpoint
     pattern = f"{checkpoint.filename_prefix}_*.pt"
     if checkpoint.kwargs.require_empty and any(checkpoint.dirname.glob(pattern)):
         raise ConfigError(f"checkpoint.kwargs.require_empty: {checkpoint.dirname} holds checkpoints {pattern}")
@@ -218,7 +234,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
             config.checkpoint.kwargs.n_saved,
             config.checkpoint.keep_last,
             writes,
-            score_name=monitor.text,
+            score_name=monitor.text if config.checkpoint.save_best else None,
         ),
         write=checkpoint_writer(job, data, model if ema is None else ema.model),
         stop=StopRequest(),
@@ -278,8 +294,15 @@ def checkpoint_writer(job: Job, data: Data, model: nn.Module) -> CheckpointWrite
 # --------------------------------------------------------------------------------------------------
 
 
-def try_validation(training: Training) -> dict[str, float]:
+def try_validation(training: Training, batches: Sequence[Batch] | None = None) -> dict[str, float]:
     """Validate before the first step, and check that what the run follows is there; without validation data: empty.
+
+    Parameters
+    ----------
+    training : Training
+        The run.
+    batches : sequence of (x, y), optional
+        Batches of this process; default: all validation molecules.
 
     Raises
     ------
@@ -288,7 +311,7 @@ def try_validation(training: Training) -> dict[str, float]:
     """
     config, metrics = training.config, {}
     if training.val_loader is not None:
-        metrics = evaluate(training.evaluator, training.val_loader)
+        metrics = evaluate(training.evaluator, training.val_loader if batches is None else batches)
     elif config.checkpoint.save_best or training.early_stopping or (training.schedule and training.schedule.followed):
         raise ConfigError("data.val_fraction: leaves no molecule for validation; give more data or a larger fraction")
     if config.checkpoint.save_best:
@@ -313,7 +336,8 @@ def go_on(training: Training, resume: Resume) -> None:
     except (ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{resume.path}: cannot go on: {error}") from error
     at = training.position
-    logger.info("going on after iteration %d, epoch %d: %s", at.iteration, at.epoch + 1, resume.path)
+    epoch = at.epoch + (at.batches > 0)
+    logger.info("going on after iteration %d, epoch %d: %s", at.iteration, epoch, resume.path)
 
 
 def train(training: Training, job: Job, first: Mapping[str, float] | None) -> End:
@@ -406,6 +430,19 @@ def descriptions(job: Job, data: Data) -> dict[str, Callable[[Path], None]]:
             names=data.names,
         ),
     }
+
+
+@contextmanager
+def errors_into(log: MemoryHandler) -> Iterator[None]:
+    """Write an error that ends the run to its log file, too: the console may be gone when somebody asks for it."""
+    try:
+        yield
+    except BaseException as error:
+        expected = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
+        what = error_message(error) if expected else traceback.format_exception_only(error)[-1].strip()
+        trace = None if expected else (type(error), error, error.__traceback__)
+        log.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the run ends: %s", (what,), trace))
+        raise
 
 
 @contextmanager

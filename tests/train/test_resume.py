@@ -42,6 +42,7 @@ def common(tmp_path_factory):
     """Settings of a small run."""
     folder = tmp_path_factory.mktemp("sae")
     settings = ["device=cpu", "run_name=r", "optimizer.kwargs.lr=5e-3", "data.samplers.train.kwargs.batch_size=256"]
+    settings += ["report=false"]  # takes longer than the training
     for f, name in enumerate(("dft", "gfn2")):
         calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
         settings += [
@@ -101,7 +102,7 @@ def session(arguments, resume, event, count):
     torch.set_num_threads(1)
     die_at(event, count)
     try:
-        run_training(read_job(None, None if resume else MODEL, arguments, resume))
+        run_training(read_job(None, MODEL if resume in (None, AUTO) else None, arguments, resume))
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
@@ -272,6 +273,39 @@ def test_data_that_changed_are_refused(common, finished, tmp_path):
     job = read_job(resume=finished, overrides=[f"data.fidelities.dft.sae={tmp_path / 'sae.yaml'}"])
     with pytest.raises(ConfigError, match=r"self-atomic energies(.|\n)*--load"):
         run_training(job)
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("run_name=other", r"run_name: .* keeps its own, r; remove run_name"),
+        ("checkpoint.dirname=other", r"checkpoint\.dirname: .* keeps its own, .*run; remove checkpoint\.dirname"),
+        ("checkpoint.filename_prefix=other", r"checkpoint\.filename_prefix: .* keeps its own, r; remove"),
+    ],
+)
+def test_a_run_keeps_its_names_and_its_place(finished, override, kept):
+    with pytest.raises(ConfigError, match=kept):
+        read_job(resume=finished, overrides=[override])
+    job = read_job(resume=finished, overrides=["run_name=r", f"checkpoint.dirname={finished}"])
+    assert job.config.checkpoint.dirname == finished
+
+
+def test_a_checkpoint_apart_from_its_run_is_left_alone(finished, tmp_path):
+    """Going on there would take the folder for that of a run, and remove other checkpoints in it."""
+    for path in finished.glob("r_last_iter_*.pt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"lies in no folder of a run \(run\.json and metrics\.jsonl are missing\)"):
+        read_job(resume=before[0])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_auto_needs_a_name(common, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nameless = [setting for setting in common if not setting.startswith("run_name")]
+    with pytest.raises(ConfigError, match="--resume auto: finds its run by run_name"):
+        read_job(None, MODEL, nameless, AUTO)
+    assert read_job(None, MODEL, [*nameless, "checkpoint.dirname=here"], AUTO).resume is None
 
 
 def test_a_saved_model_is_no_run(finished):

@@ -261,6 +261,18 @@ def test_interruption_saves_and_ends_with_status_130(folder, monkeypatch):
     assert load_checkpoint("model.pt")["progress"]["epoch"] in (1, 2)
 
 
+def test_interruption_at_once_ends_with_status_130(folder, monkeypatch):
+    """As the second Ctrl-C, or one before the training."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Training, "run_epoch", interrupted)
+    result = call("--model", MODEL, *data(1), "report=false")
+    assert (result.exit_code, "Interrupted." in result.stderr) == (130, True)
+    assert not Path("model.pt").exists()
+
+
 def test_a_missing_package_is_named_with_the_remedy(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "aimnet2mult.train.runner", None)
 
