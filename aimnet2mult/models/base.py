@@ -244,7 +244,7 @@ def _write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     Raises
     ------
     OSError
-        It cannot be written, as on a full disk. torch tells this of a file of Python's, and covers it with another error.
+        It cannot be written, as on a full disk. torch covers this error with another one unless it gets an open file.
     """
     with atomic_path(path) as temporary:
         try:

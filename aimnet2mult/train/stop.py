@@ -19,8 +19,8 @@ One training process that gets a signal is enough for all to stop, since they as
 some seconds as if they had got SIGTERM.
 
 docs/training.md has job scripts for SLURM. Its signals go to what ``srun`` starts, not to the script itself; without
-``srun``, write ``#SBATCH --signal=B:USR1@120`` and ``exec python -m aimnet2mult.train.cli ...`` as the last line, so that
-Python takes the place of the shell, which would not pass the signal on.
+``srun``, write ``#SBATCH --signal=B:USR1@120`` and ``exec python -m aimnet2mult.train.cli ...`` as the last line, so
+that Python takes the place of the shell, which would not pass the signal on.
 """
 
 import os
