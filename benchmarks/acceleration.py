@@ -239,7 +239,7 @@ def markdown(result: dict) -> str:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON file; a .md is written beside it.")
-@click.option("--steps", type=click.IntRange(1), default=1500, help="Steps of each training of the small model.")
+@click.option("--steps", type=click.IntRange(1), default=800, help="Steps of each training of the small model.")
 @click.option("--atoms", type=click.IntRange(10), default=1000, help="Atoms per batch of a timed step.")
 @click.option("--repeats", type=click.IntRange(2), default=7, help="Timed steps of each kind and batch.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=list(KINDS), help="Repeatable.")
