@@ -244,17 +244,13 @@ def _write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     Raises
     ------
     OSError
-        It cannot be written, as on a full disk. torch covers this error with another one unless it gets an open file.
+        It cannot be written, as on a full disk, of which torch does not tell.
     """
     with atomic_path(path) as temporary:
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise OSError(reason.errno, reason.strerror, str(path)) from error
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:
+            raise OSError(f"{path}: cannot be written; is the disk full, or a quota used up? ({error})") from error
 
 
 def _plain(value: Any) -> Any:

@@ -187,3 +187,22 @@ def test_mistakes_in_the_model_file_are_named(small_config):
     small_config["kwargs"]["outputs"]["energy_mlp"]["kwargs"]["n_inn"] = 3
     with pytest.raises(ConfigError, match=r"outputs.energy_mlp.kwargs: unknown option n_inn"):
         build_model(small_config)
+
+
+def test_disk_that_is_full_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.pt: cannot be written; is the disk full"):
+            save_checkpoint(
+                tmp_path / "model.pt",
+                {"w": torch.ones(100_000)},
+                model_config=None,
+                num_fidelities=1,
+                fidelity_offset=200,
+                use_fidelity_readouts=True,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
