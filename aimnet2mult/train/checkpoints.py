@@ -110,14 +110,13 @@ class Checkpoints:
         """
         score = float(score)
         others = [saved for saved in self.best if saved.iteration != iteration]
-        scores = sorted(saved.score for saved in others if saved.score is not None)
-        if not math.isfinite(score) or (len(scores) >= self.n_saved and score >= scores[self.n_saved - 1]):
-            return None
         text = f"{score:.6f}" if 1e-3 <= abs(score) < 1e9 or score == 0 else f"{score:.6e}"
         score_text = f"_{self.score_name}_{text}" if self.score_name else ""
         name = f"{self.prefix}_epoch_{epoch:04d}_iter_{iteration:07d}{score_text}.pt"
         new = SavedCheckpoint(name, epoch, iteration, score)
         best = sorted([*others, new], key=lambda saved: (saved.score, saved.iteration))[: self.n_saved]
+        if not math.isfinite(score) or new not in best:
+            return None
         return self._save(new, best, self.last, write)
 
     def save_last(self, epoch: int, iteration: int, write: Writer) -> Path:
@@ -125,11 +124,6 @@ class Checkpoints:
         new = SavedCheckpoint(f"{self.prefix}_last_iter_{iteration:09d}.pt", epoch, iteration)
         others = [saved for saved in self.last if saved.iteration != iteration]
         return self._save(new, self.best, [*others, new][-self.keep_last :], write)
-
-    @property
-    def best_path(self) -> Path | None:
-        """The best checkpoint, if there is one."""
-        return self.folder / self.best[0].name if self.best else None
 
     def _save(
         self, new: SavedCheckpoint, best: list[SavedCheckpoint], last: list[SavedCheckpoint], write: Writer
@@ -181,9 +175,9 @@ class Checkpoints:
         self.last = [saved for saved in self.last if saved.name in present]
         unknown = {}
         for name in sorted(present - self._names()):
-            parsed = _parsed(name)
-            if parsed is not None and parsed[0] == self.prefix:
-                unknown[name] = parsed[1]
+            match = LAST_NAME.fullmatch(name) or BEST_NAME.fullmatch(name)
+            if match is not None and match["prefix"] == self.prefix:
+                unknown[name] = int(match["iteration"])
                 (self.folder / name).unlink(missing_ok=True)
         if unknown:
             logger.log(
@@ -191,12 +185,6 @@ class Checkpoints:
                 "%s: the run goes on from iteration %d; checkpoints that do not belong to it any more are removed: %s",
                 *(self.folder, self._iteration, ", ".join(unknown)),
             )
-
-
-def _parsed(name: str) -> tuple[str, int] | None:
-    """Prefix and iteration in the name of a checkpoint; None for other files."""
-    match = LAST_NAME.fullmatch(name) or BEST_NAME.fullmatch(name)
-    return None if match is None else (match["prefix"], int(match["iteration"]))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_best_checkpoints_are_kept_by_score(tmp_path):
         "run_epoch_0003_iter_0000030_loss_1.000000.pt",
         "run_epoch_0007_iter_0000070_loss_0.250000.pt",
     ]
-    assert checkpoints.best_path == tmp_path / "run_epoch_0007_iter_0000070_loss_0.250000.pt"
+    assert checkpoints.best[0].name == "run_epoch_0007_iter_0000070_loss_0.250000.pt"
 
 
 def test_names_hold_the_monitor_and_any_score(tmp_path):
