@@ -166,7 +166,7 @@ def test_killed_five_times_and_still_the_same(common, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_and_still_the_same(common, whole, tmp_path, seed):
     choose = random.Random(seed)
     folder = tmp_path / "run"
