@@ -35,9 +35,9 @@ Compilation
 A compiled graph has no second backward, so energy and forces are one graph, the gradient inside taken by
 `torch.func.grad`, and the backward through it is the first one that the compiler sees. The first step with forces and
 the first without wait for the C++ compiler, half a minute to minutes each. A step of the small model then takes 0.6 of
-the time (``python benchmarks/acceleration.py --only time --small --output time.json``, one thread of a CPU). Which graph
-a batch gets may depend on the batches before it, so a run that was resumed equals one that was not up to round-off, not
-bit by bit.
+the time (``python benchmarks/acceleration.py --only time --small --output time.json``, one thread of a CPU). Which
+graph a batch gets may depend on the batches before it, so a run that was resumed equals one that was not up to
+round-off, not bit by bit.
 """
 
 import importlib.util
