@@ -27,9 +27,10 @@ small, after 800 steps  1.6 meV/atom     5.7 meV/Å     0.35 %    0.9 me   6.6 %
 
 Trained for 800 steps in either precision, with the same batches, the small model ends with the same errors on test
 data: 316 and 314 meV/atom, 887 and 884 meV/Å. No single layer makes the error, so none is left out. It is noise of
-about 2 meV/atom in what the loss sees: use bf16 while errors are well above that, and float32 for the last epochs of a model
-that is to be better. It pays where products take the time and the processor has bfloat16 units: a step of the full-size
-model (1000 atoms, one thread of a CPU with such units) is 1.6 times as fast, one of the small model not at all.
+about 2 meV/atom in what the loss sees: use bf16 while errors are well above that, and float32 for the last epochs of a
+model that is to be better. It pays where products take the time and the processor has bfloat16 units: a step of the
+full-size model (1000 atoms, one thread of a CPU with such units) is 1.6 times as fast, one of the small model not at
+all.
 
 Compilation
 -----------
