@@ -29,17 +29,17 @@ Trained for 800 steps in either precision, with the same batches, the small mode
 data: 316 and 314 meV/atom, 887 and 884 meV/Å. No single layer makes the error, so none is left out. It is noise of
 about 2 meV/atom in what the loss sees: use bf16 while errors are well above that, and float32 for the last epochs of a
 model that is to be better. It pays where products take the time and the processor has bfloat16 units: a step of the
-full-size model (1000 atoms, one thread of a CPU with such units) is 1.6 times as fast, one of the small model not at
-all.
+full-size model (1000 atoms, one thread of a CPU with such units) was about 1.6 times as fast in a short measurement of
+three repeats, one of the small model not at all.
 
 Compilation
 -----------
 A compiled graph has no second backward, so energy and forces are one graph, the gradient inside taken by
 `torch.func.grad`, and the backward through it is the first one that the compiler sees. The first step with forces and
 the first without wait for the C++ compiler, half a minute to minutes each. On one thread of a CPU the steps after it
-are 1.65 times (small model) and 1.3 times (full-size) as fast: ``python benchmarks/acceleration.py --only time --output
-time.json``. Which graph a batch gets may depend on the batches before it, so a run that was resumed equals one that was
-not up to round-off, not bit by bit.
+are 1.65 times as fast for the small model (``benchmarks/acceleration.py --only time --small``) and were about 1.3 times
+as fast for the full-size one in three repeats. Which graph a batch gets may depend on the batches before it, so a run
+that was resumed equals one that was not up to round-off, not bit by bit.
 """
 
 import importlib.util
