@@ -118,7 +118,8 @@ def _interruptible() -> Iterator[None]:
 
 
 def _end_interrupted() -> NoReturn:
-    click.echo("Interrupted.", err=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo("Interrupted.", err=True)
     sys.exit(EXIT_INTERRUPTED)
 
 
