@@ -126,7 +126,7 @@ def curve_plots(panels: Sequence[Panel]) -> bytes:
     figure = Figure(figsize=(4.0 * n_columns, 2.9 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     fidelities = list(dict.fromkeys(name for panel in panels if panel.unit for name in panel.curves if name != ALL))
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, panel in zip(axes[: len(panels)], panels, strict=True):
         for i, (name, points) in enumerate(panel.curves.items()):
             if not points:
                 continue

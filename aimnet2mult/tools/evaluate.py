@@ -202,6 +202,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
+    # torch's ways to refuse: an unknown name or no such GPU, a build without CUDA, a device without kernels.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
 

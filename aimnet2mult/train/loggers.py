@@ -266,7 +266,7 @@ class Logger:
         try:
             self._sink.open()
             self._consume()
-        except Exception as error:
+        except Exception as error:  # libraries, servers and disks fail in their own ways; none may end the training
             self._warn(f"{_one_line(error)}; the run goes on without it")
 
     def _consume(self) -> None:
@@ -277,7 +277,7 @@ class Logger:
                 return
             try:
                 self._sink.write(*item)
-            except Exception as error:
+            except Exception as error:  # as in _run; what comes later may succeed
                 self._warn(f"{_one_line(error)}; not all numbers are logged")
 
     def _warn(self, message: str) -> None:

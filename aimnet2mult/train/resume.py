@@ -221,4 +221,6 @@ def _is_free(key: str) -> bool:
 
 
 def _begins_with(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    return len(parts) >= len(pattern) and all(p in ("*", part) for part, p in zip(parts, pattern, strict=False))
+    if len(parts) < len(pattern):
+        return False
+    return all(p in ("*", part) for part, p in zip(parts[: len(pattern)], pattern, strict=True))
