@@ -5,6 +5,7 @@ scriptable and works on positions without a graph: which atoms are neighbours ha
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,3 +181,153 @@ def neighbor_matrix(
     matrix = torch.zeros([n_atoms + 1, width, 3], dtype=coord.dtype, device=coord.device)
     matrix[i, column] = shifts
     return nbmat, matrix
+
+
+class PairSearch(NamedTuple):
+    """All unordered pairs within a cutoff, found block by block; made by `pair_search`, read by `search_block`.
+
+    Attributes
+    ----------
+    cutoff
+        Å; ``inf`` for all pairs of a molecule.
+    mol_idx
+        (A,) int64.
+    atom, translation, position
+        (G,) int64, (G, 3) and (G, 3) Å: points, that is atoms and their images; position = ``coord[atom] +
+        translation @ cell``. The first A points are the atoms themselves. ``translation`` is (0, 3) without a cell.
+    query, start, end
+        (E,) int64: point ``query`` has the points ``start .. end - 1`` as candidates.
+    bounds
+        Block b of the list has the queries ``bounds[b] .. bounds[b + 1] - 1``.
+    n_candidates
+        Number of candidates of each block of the list.
+    rectangles
+        Three integers for each block that is a rectangle: rows begin, rows end = columns end of the rows' molecule.
+    """
+
+    cutoff: float
+    mol_idx: Tensor
+    atom: Tensor
+    translation: Tensor
+    position: Tensor
+    query: Tensor
+    start: Tensor
+    end: Tensor
+    bounds: list[int]
+    n_candidates: list[int]
+    rectangles: list[int]
+
+
+def pair_search(
+    coord: Tensor, mol_idx: Tensor, cutoff: float, cell: Tensor | None = None, block_pairs: int = 262144
+) -> PairSearch:
+    """Prepare the search for all unordered pairs of atoms of the same molecule, in blocks of bounded size.
+
+    Parameters
+    ----------
+    coord : Tensor
+        (A, 3), Å, without the padding atom; its graph is not used.
+    mol_idx : Tensor
+        (A,) int, sorted.
+    cutoff : float
+        Å; ``math.inf`` (all pairs of a molecule) only without a cell.
+    cell : Tensor, optional
+        (3, 3) for all, or (B, 3, 3), Å.
+    block_pairs : int
+        About how many pairs a block may have.
+
+    Returns
+    -------
+    PairSearch
+        For `n_blocks` and `search_block`.
+    """
+    coord = coord.detach()
+    n_atoms = coord.shape[0]
+    device = coord.device
+    index = torch.arange(n_atoms, device=device)
+    if cell is not None:
+        nbmat, shifts = neighbor_matrix(coord, mol_idx, cutoff, cell)
+        assert shifts is not None
+        i = index.unsqueeze(1).expand(n_atoms, nbmat.shape[1])
+        j = nbmat[:-1]
+        s = shifts[:-1]
+        upper = (s[..., 0] > 0) | ((s[..., 0] == 0) & ((s[..., 1] > 0) | ((s[..., 1] == 0) & (s[..., 2] > 0))))
+        keep = (j < n_atoms) & ((i < j) | ((i == j) & upper))
+        i, j, s = i[keep], j[keep], s[keep]
+        # Each pair is a query (first atom) with one candidate.
+        home = torch.zeros(n_atoms, 3, dtype=coord.dtype, device=device)
+        places = torch.arange(j.shape[0], device=device) + n_atoms
+        cells = (cell if cell.dim() == 2 else cell[mol_idx][j]).to(coord.dtype)
+        moved = s @ cells if cell.dim() == 2 else (s.unsqueeze(1) @ cells).squeeze(1)
+        atom, translation = torch.cat([index, j]), torch.cat([home, s])
+        position = torch.cat([coord, coord[j] + moved])
+        query, start, end = i, places, places + 1
+    else:
+        ends = torch.searchsorted(mol_idx, mol_idx, right=True)
+        atom, position = index, coord
+        translation = torch.zeros(0, 3, dtype=coord.dtype, device=device)
+        query, start, end = index, index + 1, ends
+    total = torch.cumsum(end - start, 0)
+    bounds: list[int] = [0]
+    n_candidates: list[int] = []
+    if total.shape[0] > 0 and int(total[-1].item()) > 0:
+        marks = torch.arange(block_pairs, int(total[-1].item()) + block_pairs, block_pairs, device=device)
+        cuts = torch.unique(torch.searchsorted(total, marks).clamp(max=query.shape[0] - 1) + 1)
+        found: list[int] = cuts.tolist()
+        sums: list[int] = total[cuts - 1].tolist()
+        before = 0
+        for k in range(len(found)):
+            bounds.append(found[k])
+            n_candidates.append(sums[k] - before)
+            before = sums[k]
+    rectangles: list[int] = []
+    return PairSearch(cutoff, mol_idx, atom, translation, position, query, start, end, bounds, n_candidates, rectangles)
+
+
+def n_blocks(search: PairSearch) -> int:
+    """Number of blocks of pairs."""
+    return len(search.rectangles) // 3 + len(search.n_candidates)
+
+
+def search_block(search: PairSearch, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of block ``k``; each unordered pair is in exactly one block, once.
+
+    Returns
+    -------
+    i, j : Tensor
+        int64: a list (P,) and (P,), or a rectangle (R, 1) and (1, C).
+    shifts : Tensor
+        (P, 3), the vector from i to j is ``coord[j] + shifts @ cell - coord[i]``; (0, 3) without a cell.
+    mask : Tensor
+        bool, which of the pairs count: (1,) true for a list (all are closer than the cutoff), (R, C) for a
+        rectangle (i < j in the same molecule, at any distance).
+    """
+    n_rectangles = len(search.rectangles) // 3
+    device = search.position.device
+    if k < n_rectangles:
+        first, rows_end, columns_end = (
+            search.rectangles[3 * k],
+            search.rectangles[3 * k + 1],
+            search.rectangles[3 * k + 2],
+        )
+        i = torch.arange(first, rows_end, device=device).unsqueeze(1)
+        j = torch.arange(first, columns_end, device=device).unsqueeze(0)
+        mask = (i < j) & (search.mol_idx[i] == search.mol_idx[j])
+        return i, j, search.translation[:0], mask
+    k = k - n_rectangles
+    begin, end = search.bounds[k], search.bounds[k + 1]
+    start = search.start[begin:end]
+    count = search.end[begin:end] - start
+    total = search.n_candidates[k]
+    entry = torch.repeat_interleave(torch.arange(end - begin, device=device), count, output_size=total)
+    place = torch.arange(total, device=device) + (start - (torch.cumsum(count, 0) - count))[entry]
+    query = search.query[begin:end][entry]
+    if not math.isinf(search.cutoff):
+        delta = search.position[place] - search.position[query]
+        near = torch.nonzero(delta.pow(2).sum(-1) < search.cutoff * search.cutoff).squeeze(1)
+        place, query = place[near], query[near]
+    shifts = search.translation[:0]
+    if search.translation.shape[0] > 0:
+        shifts = search.translation[place] - search.translation[query]
+    everything = torch.ones(1, dtype=torch.bool, device=device)
+    return search.atom[query], search.atom[place], shifts, everything
