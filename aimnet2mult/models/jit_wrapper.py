@@ -4,30 +4,17 @@
 `load_jit_model` reads the file back for Python and adds second derivatives.
 """
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from aimnet2mult import nbops
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.models.aimnet2 import AIMNet2
-
-METADATA_FILE = "metadata.yaml"
-"""Name of the metadata inside the ``.jpt``."""
-
-
-@contextmanager
-def torchscript_deprecation_ignored() -> Iterator[None]:
-    """Silence the announcement that TorchScript will be replaced one day, and nothing else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".torch\.jit\.\w+. is (deprecated|not supported)")
-        yield
+from aimnet2mult.models.compiled_file import METADATA_FILE, parse_metadata, torchscript_deprecation_ignored
 
 
 class DeployableModel(nn.Module):
@@ -148,16 +135,6 @@ class DeployableModel(nn.Module):
         return ", ".join(names)
 
 
-def save_jit_model(model: DeployableModel, path: str | Path, metadata: dict[str, Any]) -> None:
-    """Script a model and write it to ``path``, with its metadata inside."""
-    model = model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with torchscript_deprecation_ignored():
-        scripted = torch.jit.script(model)
-        torch.jit.save(scripted, str(path), _extra_files={METADATA_FILE: yaml.safe_dump(metadata, sort_keys=False)})
-
-
 def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "JitModel":
     """Load a compiled model for Python.
 
@@ -171,7 +148,7 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not a TorchScript file.
+        No such file; not a TorchScript file, or one of a later version of this package.
     """
     path = Path(path)
     if not path.is_file():
@@ -183,8 +160,7 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): {reason}") from error
-    content = extra[METADATA_FILE]
-    return JitModel(module, yaml.safe_load(content) if content else {})
+    return JitModel(module, parse_metadata(extra[METADATA_FILE], path))
 
 
 class JitModel:

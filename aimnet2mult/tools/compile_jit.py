@@ -311,7 +311,8 @@ def compile_model(
 
     from aimnet2mult.dispersion import RationalDispersion
     from aimnet2mult.models.base import CheckpointError, layout_of_weights, load_checkpoint, versions
-    from aimnet2mult.models.jit_wrapper import DeployableModel, save_jit_model
+    from aimnet2mult.models.compiled_file import metadata_text, save_jit_model
+    from aimnet2mult.models.jit_wrapper import DeployableModel
     from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
     from aimnet2mult.utils.files import atomic_path, check_writable
 
@@ -381,11 +382,9 @@ def compile_model(
         "model_config": config,
         "versions": versions(),
     }
-    import yaml
-
     with atomic_path(meta) as temporary_meta, atomic_path(jpt) as temporary_jpt:
         save_jit_model(deployable, temporary_jpt, metadata)
-        temporary_meta.write_text(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary_meta.write_text(metadata_text(metadata), encoding="utf-8")
     logger.info("%s compiled with torch %s; %s added", label, torch.__version__, dispersion.text)
     return jpt, meta
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from aimnet2mult.models.jit_wrapper import load_jit_model, torchscript_deprecation_ignored
+from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
+from aimnet2mult.models.jit_wrapper import load_jit_model
 
 SAE = {1: -13.587, 6: -1029.476, 7: -1485.234, 8: -2041.789, 9: -2715.3, 17: -12518.7}
 
