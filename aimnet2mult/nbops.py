@@ -12,15 +12,19 @@ flat
 batch, M neighbours. Keys that begin with ``_`` are internal to a model and never leave it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aimnet2mult.neighborlist import neighbor_matrix
+from aimnet2mult.neighborlist import PairSearch, n_blocks, neighbor_matrix, pair_search, search_block
 
 MASKED_DISTANCE = 100.0
 """Å; masked pairs (an atom with itself, with padding) get this distance, so that every function of it is finite."""
+
+BLOCK_PAIRS = 2**18
+"""Pairs of a long-range term that are in memory at a time."""
 
 
 class Key(NamedTuple):
@@ -294,6 +298,243 @@ def neighbor_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# long-range pairs, block by block
+# --------------------------------------------------------------------------------------------------
+
+
+class PairBlock(NamedTuple):
+    """Some of the pairs of a long-range term; all blocks together hold every pair of the batch.
+
+    The indices broadcast against each other, so that a formula over pairs is written once: dense layout gives
+    (B, N, 1) and (B, 1, N), a large molecule rectangles (R, 1) and (1, C), a crystal lists (P,) and (P,), a caller's
+    neighbour matrix (R, 1) and (R, M). Values of atoms are taken as ``x.flatten()[block.i]``.
+
+    Attributes
+    ----------
+    i, j
+        int64 places in the flattened atoms of the batch.
+    d_ij
+        Distances, the shape that ``i`` and ``j`` broadcast to, Å; `MASKED_DISTANCE` where there is no pair at all.
+    r_ij
+        r_j - r_i (+ lattice translation), (3, ...), Å.
+    mask
+        bool, broadcasts to the shape of ``d_ij``: the pairs that count, all closer than the cutoff.
+    weight
+        1 where each unordered pair comes once, ½ where it comes in both orders.
+    """
+
+    i: Tensor
+    j: Tensor
+    d_ij: Tensor
+    r_ij: Tensor
+    mask: Tensor
+    weight: float
+
+
+class LongRangePairs(NamedTuple):
+    """Where the pairs of a long-range term come from; made by `long_range_pairs`.
+
+    Attributes
+    ----------
+    n_blocks
+        Number of blocks.
+    cutoff
+        Å.
+    rows
+        Rows of the caller's matrix in a block; 0 if the pairs are not the caller's.
+    search
+        The search in flat layout.
+    """
+
+    n_blocks: int
+    cutoff: float
+    rows: int
+    search: PairSearch | None
+
+
+def long_range_pairs(data: dict[str, Tensor], cutoff: float, block_pairs: int = BLOCK_PAIRS) -> LongRangePairs:
+    """Prepare the pairs closer than ``cutoff`` of an internal batch, to be taken block by block with `pair_block`.
+
+    Parameters
+    ----------
+    data : dict
+        Internal batch. Dense: all pairs of each molecule, one block. Flat: the caller's ``nbmat_lr`` where there is
+        one, else a search.
+    cutoff : float
+        Å; ``math.inf`` for all pairs of a molecule, not for crystals.
+    block_pairs : int
+        Pairs of a block, about; the memory of a term grows with it.
+
+    Returns
+    -------
+    LongRangePairs
+        Holds no array that grows faster than the number of atoms.
+    """
+    if not is_flat(data):
+        return LongRangePairs(1, cutoff, 0, None)
+    if "nbmat_lr" in data:
+        n_atoms, width = data["nbmat_lr"].shape
+        rows = max(1, block_pairs // max(1, width))
+        return LongRangePairs((n_atoms + rows - 1) // rows, cutoff, rows, None)
+    cell: Tensor | None = None
+    if "cell" in data:
+        cell = data["cell"]
+    real = data["_real_idx"]
+    search = pair_search(data["coord"][real], data["mol_idx"][real], cutoff, cell, block_pairs)
+    return LongRangePairs(n_blocks(search), cutoff, 0, search)
+
+
+def pair_block(
+    data: dict[str, Tensor], pairs: LongRangePairs, block: int, masked_distance: float = MASKED_DISTANCE
+) -> PairBlock:
+    """Return the pairs of one block, with the graph of ``coord`` and ``cell``.
+
+    Parameters
+    ----------
+    data : dict
+        Internal batch; ``coord`` and ``cell`` may be other tensors (leaves) of the same values as in the search.
+    pairs : LongRangePairs
+        Made for this batch.
+    block : int
+        0 to ``pairs.n_blocks`` - 1.
+    masked_distance : float
+        Distance of pairs that are none, Å.
+    """
+    coord = data["coord"]
+    device = coord.device
+    if not is_flat(data):
+        d_ij, r_ij, mask = pair_vectors(data, "")
+        if not math.isinf(pairs.cutoff):
+            mask = mask & (d_ij < pairs.cutoff)
+        places = torch.arange(data["numbers"].numel(), device=device).view(data["numbers"].shape)
+        return PairBlock(places.unsqueeze(2), places.unsqueeze(1), d_ij, r_ij.permute(3, 0, 1, 2), mask, 0.5)
+    weight = 1.0
+    search = pairs.search
+    if search is None:
+        weight = 0.5
+        first, last = block * pairs.rows, min((block + 1) * pairs.rows, coord.shape[0])
+        i = torch.arange(first, last, device=device).unsqueeze(1)
+        j = data["nbmat_lr"][first:last]
+        shifts = torch.empty([0, 3], dtype=coord.dtype, device=device)
+        if "shifts_lr" in data:
+            shifts = data["shifts_lr"][first:last].to(coord.dtype)
+        real = real_atoms(data["numbers"])
+        mask = real[i] & real[j]
+    else:
+        i, j, shifts, mask = search_block(search, block)
+        i, j = data["_real_idx"][i], data["_real_idx"][j]
+    components = coord.t()
+    r_ij = components[:, j] - components[:, i]
+    if "cell" in data and shifts.shape[0] > 0:
+        r_ij = r_ij + _lattice_vectors(shifts, data["cell"], data["mol_idx"][i])
+    if mask.dim() > 1 or mask.shape[0] > 1:
+        # Replace the vector, not the distance: the norm at zero has no second derivative, masked afterwards or not.
+        outside = torch.full_like(r_ij[:1], masked_distance)
+        r_ij = torch.where(mask, r_ij, torch.cat([outside, torch.zeros_like(r_ij[1:])]))
+    d_ij = r_ij.square().sum(dim=0).sqrt()
+    if not math.isinf(pairs.cutoff):
+        mask = mask & (d_ij < pairs.cutoff)
+    return PairBlock(i, j, d_ij, r_ij, mask, weight)
+
+
+def _lattice_vectors(shifts: Tensor, cell: Tensor, mol_idx: Tensor) -> Tensor:
+    """Translations (..., 3), in cells, as vectors (3, ...), Å; ``cell`` (B, 3, 3)."""
+    if cell.shape[0] == 1:
+        return (shifts @ cell[0]).movedim(-1, 0)
+    return torch.einsum("...k,...kd->d...", [shifts, cell[mol_idx]])
+
+
+def block_energy(e_ij: Tensor, block: PairBlock, data: dict[str, Tensor]) -> Tensor:
+    """Energy of the pairs of a block, per molecule: (B,) float64, each pair counted once.
+
+    Parameters
+    ----------
+    e_ij : Tensor
+        Energies of the pairs (finite where they do not count, too), shape of ``block.d_ij``.
+    block : PairBlock
+        The pairs.
+    data : dict
+        Internal batch.
+    """
+    e_ij = e_ij.masked_fill(~block.mask, 0.0)
+    if not is_flat(data):
+        return block.weight * e_ij.sum(dim=[1, 2], dtype=torch.float64)
+    if n_molecules(data) == 1:
+        return block.weight * e_ij.sum(dtype=torch.float64).reshape(1)
+    rows = e_ij.sum(dim=1, dtype=torch.float64) if e_ij.dim() == 2 else e_ij.double()
+    energy = torch.zeros([n_molecules(data)], dtype=torch.float64, device=e_ij.device)
+    return block.weight * energy.index_add(0, data["mol_idx"][block.i.flatten()], rows)
+
+
+def block_atom_sum(x_ij: Tensor, block: PairBlock, data: dict[str, Tensor]) -> Tensor:
+    """Sum over the neighbours of each atom in a block, of a quantity that is symmetric in i and j.
+
+    Parameters
+    ----------
+    x_ij : Tensor
+        As in `block_energy`.
+    block : PairBlock
+        The pairs.
+    data : dict
+        Internal batch.
+
+    Returns
+    -------
+    Tensor
+        (B·N,) or (A,) float64.
+    """
+    x_ij = x_ij.masked_fill(~block.mask, 0.0)
+    if not is_flat(data):
+        return x_ij.sum(dim=-1, dtype=torch.float64).flatten()
+    sums = torch.zeros([data["numbers"].shape[0]], dtype=torch.float64, device=x_ij.device)
+    rows = x_ij.sum(dim=1, dtype=torch.float64) if x_ij.dim() == 2 else x_ij.double()
+    sums = sums.index_add(0, block.i.flatten(), rows)
+    if block.weight == 1.0:
+        columns = x_ij.sum(dim=0, dtype=torch.float64) if x_ij.dim() == 2 else x_ij.double()
+        sums = sums.index_add(0, block.j.flatten(), columns)
+    return sums
+
+
+def first_order(data: dict[str, Tensor]) -> bool:
+    """Tell whether first derivatives of the energy are all that will be taken, so that memory can stay linear.
+
+    The key ``_first_order`` says so, of flat batches only. A long-range term then differentiates block by block
+    and hands the derivative over with `attach_gradient`.
+    """
+    return "_first_order" in data
+
+
+def leaf(x: Tensor) -> Tensor:
+    """The same values, detached, to be differentiated by."""
+    return x.detach().requires_grad_(True)
+
+
+def attach_gradient(energy: Tensor, x: Tensor, gradient: Tensor, data: dict[str, Tensor]) -> Tensor:
+    """Give energies a derivative that was computed apart: E + Σ (x - x₀)·∂E/∂x at x = x₀.
+
+    Values do not change, first derivatives by ``x`` are ``gradient``; second ones are lost.
+
+    Parameters
+    ----------
+    energy : Tensor
+        (B,) float64.
+    x : Tensor
+        Atomic quantity, (A, ...), of a flat batch.
+    gradient : Tensor
+        Derivative of the sum of ``energy``, shape of ``x``.
+    data : dict
+        Internal batch.
+    """
+    terms = (x - x.detach()) * gradient.to(x.dtype)
+    return energy + mol_sum(terms.flatten(1).sum(dim=1) if terms.dim() > 1 else terms, data).to(energy.dtype)
+
+
+def attach_cell_gradient(energy: Tensor, cell: Tensor, gradient: Tensor) -> Tensor:
+    """As `attach_gradient`, for cells (B, 3, 3)."""
+    return energy + ((cell - cell.detach()) * gradient.to(cell.dtype)).sum(dim=[1, 2]).to(energy.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
 # from the caller's layout to the model's and back
 # --------------------------------------------------------------------------------------------------
 
@@ -386,7 +627,8 @@ def internal_batch(
     Returns
     -------
     dict
-        ``coord, numbers, charge, mult`` (+ ``mol_idx, nbmat, nbmat_lr, shifts, shifts_lr, cell`` in flat layout),
+        ``coord, numbers, charge, mult`` (+ ``mol_idx, nbmat, nbmat_lr, shifts, shifts_lr, cell`` (B, 3, 3) in flat
+        layout),
         ``_real_idx`` (places of the atoms that are not padding) and, where the layout was changed,
         ``_restore_idx`` (for each of the caller's atoms its row).
 
@@ -398,11 +640,10 @@ def internal_batch(
     check_batch(data)
     coord, numbers = data["coord"], data["numbers"].long()
     out: dict[str, Tensor] = {}
-    if "cell" in data:
-        out["cell"] = data["cell"].to(coord.dtype)
-
     dense = not is_flat(data)
     n_mol = count_molecules(data)
+    if "cell" in data:
+        out["cell"] = data["cell"].to(coord.dtype).expand(n_mol, 3, 3)
     out["charge"] = _molecule_values(data, "charge", 0.0, n_mol)
     out["mult"] = _molecule_values(data, "mult", 1.0, n_mol)
     if "_fidelities" in data:
