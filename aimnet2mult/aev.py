@@ -10,12 +10,141 @@ key       dense               flat
 ``_g_s``  (B, G, N, N)        (A, M, G)
 ``_g_v``  (B, G, 3, N, N)     (A, M, G, 3)
 ========  ==================  =================
+
+These serve derivatives of any order. A large system of which only energy and forces are wanted is evaluated with the
+basis (G, 4, P) of a list of its P pairs: scalar part and the three components of the vector part, in one array. The
+sums over neighbours, `neighbor_sums`, are linear in the basis and in the features, and their two derivatives
+(`neighbor_sums_adjoint`, `basis_gradient`) are written out, so that no array of pairs times features is ever made.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aimnet2mult import nbops, ops
+
+
+class PairList(NamedTuple):
+    """Pairs of the network in flat layout, ordered by i.
+
+    Attributes
+    ----------
+    i, j
+        (P,) int64 places of the atoms.
+    starts
+        (A,) int64, for each atom i the place of its first pair.
+    shifts
+        (P, 3) lattice translations of j in cells; (0, 3) without a cell.
+    counted
+        (A, M) bool, which entries of the neighbour matrix the pairs are.
+    """
+
+    i: Tensor
+    j: Tensor
+    starts: Tensor
+    shifts: Tensor
+    counted: Tensor
+
+
+def pair_list(data: dict[str, Tensor]) -> PairList:
+    """List the pairs of the neighbour matrix of a flat batch."""
+    nbmat = data["nbmat"]
+    real = nbops.real_atoms(data["numbers"])
+    counted = real[nbmat] & real.unsqueeze(1)
+    i, column = torch.nonzero(counted).unbind(dim=1)
+    counts = counted.sum(dim=1)
+    shifts = torch.empty([0, 3], dtype=data["coord"].dtype, device=nbmat.device)
+    if "shifts" in data:
+        shifts = data["shifts"][i, column].to(shifts.dtype)
+    return PairList(i, nbmat[i, column], counts.cumsum(0) - counts, shifts, counted)
+
+
+def list_vectors(pairs: PairList, first: int, last: int, data: dict[str, Tensor]) -> Tensor:
+    """Vectors r_ij of the pairs ``first`` to ``last`` - 1: (3, P), Å, with the graph of ``coord`` and ``cell``."""
+    components = data["coord"].t()
+    i = pairs.i[first:last]
+    r_ij = components[:, pairs.j[first:last]] - components[:, i]
+    if pairs.shifts.shape[0] > 0:
+        r_ij = r_ij + nbops.lattice_vectors(pairs.shifts[first:last], data["cell"], data["mol_idx"][i])
+    return r_ij
+
+
+def neighbor_sums(table: Tensor, basis: Tensor, pairs: PairList) -> Tensor:
+    """Sum features of neighbours times the basis: S[g, k, i, f] = Σ_j basis[g, k, ij] table[g, j, f].
+
+    One weighted embedding bag for each radial function and component: a row of features is read for every pair, and
+    only sums are written.
+
+    Parameters
+    ----------
+    table : Tensor
+        (G, A, F) features of the atoms, without a graph.
+    basis : Tensor
+        (G, 4, P), without a graph.
+    pairs : PairList
+        The pairs.
+
+    Returns
+    -------
+    Tensor
+        (G, 4, A, F).
+    """
+    sums: list[Tensor] = []
+    for g in range(basis.shape[0]):
+        for k in range(4):
+            sums.append(_weighted_sums(table[g], basis[g, k], pairs))
+    return torch.stack(sums).view(basis.shape[0], 4, table.shape[1], -1)
+
+
+def neighbor_sums_adjoint(gradient: Tensor, basis: Tensor, pairs: PairList) -> Tensor:
+    """Derivative of `neighbor_sums` by ``table``: (G, 4, A, F) -> (G, A, F).
+
+    Each pair is there in both orders with the same distance, so the sum over the atoms i that have j as a neighbour
+    is a sum over the neighbours of j, in which the vector part changes its sign.
+    """
+    sums: list[Tensor] = []
+    for g in range(basis.shape[0]):
+        total = _weighted_sums(gradient[g, 0], basis[g, 0], pairs)
+        for k in range(1, 4):
+            total = total - _weighted_sums(gradient[g, k], basis[g, k], pairs)
+        sums.append(total)
+    return torch.stack(sums)
+
+
+def _weighted_sums(table: Tensor, weight: Tensor, pairs: PairList) -> Tensor:
+    """Σ_j weight[ij] table[j]: (A, F)."""
+    return torch.embedding_bag(table, pairs.j, pairs.starts, False, 0, False, weight)[0]
+
+
+def basis_gradient(
+    table: Tensor, gradient: Tensor, pairs: PairList, nbmat: Tensor, first_row: int, last_row: int
+) -> Tensor:
+    """Derivative of `neighbor_sums` by ``basis``, of the pairs of some atoms i: (G, 4, P of these rows).
+
+    Parameters
+    ----------
+    table : Tensor
+        (G, A, F).
+    gradient : Tensor
+        Derivative by the sums, (G, 4, A, F).
+    pairs : PairList
+        The pairs.
+    nbmat : Tensor
+        (A, M) the neighbour matrix that they were listed from.
+    first_row, last_row : int
+        Which atoms i.
+    """
+    neighbors = nbmat[first_row:last_row]
+    counted = pairs.counted[first_row:last_row]
+    n_rows, width = neighbors.shape
+    places = neighbors.reshape(-1)
+    out: list[Tensor] = []
+    for g in range(table.shape[0]):
+        features = table[g].index_select(0, places).view(n_rows, width, -1)
+        products = torch.bmm(features, gradient[g, :, first_row:last_row].permute(1, 2, 0))
+        out.append(products[counted].t())
+    return torch.stack(out)
 
 
 def _fixed(values: Tensor) -> nn.Parameter:
@@ -96,11 +225,13 @@ class AEVSV(nn.Module):
         self.register_parameter(f"shifts_{part}", _fixed(points))
 
     def _radial(self, d_ij: Tensor, rc: Tensor, eta: Tensor, shifts: Tensor) -> Tensor:
-        """(B, N, N) -> (B, G, N, N), or (A, M) -> (A, M, G)."""
+        """(B, N, N) -> (B, G, N, N), (A, M) -> (A, M, G), or (P,) -> (G, P)."""
         if d_ij.dim() == 3:
             d_ij, shifts = d_ij.unsqueeze(1), shifts.view(-1, 1, 1)
-        else:
+        elif d_ij.dim() == 2:
             d_ij = d_ij.unsqueeze(-1)
+        else:
+            shifts = shifts.unsqueeze(-1)
         return ops.gaussian_basis(d_ij, eta, shifts) * ops.cosine_cutoff(d_ij, rc)
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,6 +250,61 @@ class AEVSV(nn.Module):
         else:
             data["_g_v"] = g_v.unsqueeze(-1) * unit.unsqueeze(-2)
         return data
+
+    def pair_basis(self, r_ij: Tensor) -> Tensor:
+        """Basis of a list of pairs: vectors (3, P), Å -> (G, 4, P), scalar part and components of the vector part."""
+        d_ij = r_ij.square().sum(dim=0).sqrt()
+        unit = (r_ij / d_ij).to(self.rc_s.dtype)
+        d_ij = d_ij.to(self.rc_s.dtype)
+        g_s = self._radial(d_ij, self.rc_s, self.eta_s, self.shifts_s)
+        g_v = g_s
+        if not self.one_basis:
+            g_v = self._radial(d_ij, self.rc_v, self.eta_v, self.shifts_v)
+        return torch.cat([g_s.unsqueeze(1), g_v.unsqueeze(1) * unit], dim=1)
+
+    def pair_gradient(
+        self, table: Tensor, d_sums: Tensor, pairs: PairList, data: dict[str, Tensor], rows_at_a_time: int = 256
+    ) -> tuple[Tensor, Tensor]:
+        """Derivative of the energy by positions and cells, through the basis of all pairs, some atoms at a time.
+
+        Parameters
+        ----------
+        table, d_sums : Tensor
+            Features (G, A, F) and the derivative by their sums over neighbours (G, 4, A, F).
+        pairs : PairList
+            The pairs.
+        data : dict
+            Flat internal batch.
+        rows_at_a_time : int
+            Atoms i whose pairs are differentiated together.
+
+        Returns
+        -------
+        coord_gradient : Tensor
+            (A, 3).
+        cell_gradient : Tensor
+            (B, 3, 3); (0, 3, 3) without a cell.
+        """
+        by = [nbops.leaf(data["coord"])]
+        geometry = {"coord": by[0], "mol_idx": data["mol_idx"]}
+        cell_gradient = torch.empty([0, 3, 3], dtype=by[0].dtype, device=by[0].device)
+        if "cell" in data:
+            by.append(nbops.leaf(data["cell"]))
+            geometry["cell"] = by[1]
+            cell_gradient = torch.zeros_like(by[1])
+        coord_gradient = torch.zeros_like(by[0])
+        n_atoms = coord_gradient.shape[0]
+        firsts: list[int] = pairs.starts[::rows_at_a_time].tolist()
+        firsts.append(pairs.i.shape[0])
+        for k in range(len(firsts) - 1):
+            rows = k * rows_at_a_time, min((k + 1) * rows_at_a_time, n_atoms)
+            basis = self.pair_basis(list_vectors(pairs, firsts[k], firsts[k + 1], geometry))
+            d_basis = basis_gradient(table, d_sums, pairs, data["nbmat"], rows[0], rows[1])
+            gradient = nbops.gradients([basis], by, [d_basis])
+            coord_gradient += gradient[0]
+            if len(by) == 2:
+                cell_gradient += gradient[1]
+        return coord_gradient, cell_gradient
 
 
 class ConvSV(nn.Module):
@@ -179,10 +365,19 @@ class ConvSV(nn.Module):
             s, v = self._sums_dense(data["_g_s"], data["_g_v"], a)
         else:
             s, v = self._sums_flat(data["_g_s"], data["_g_v"], nbops.neighbors(a, data, ""))
+        return self._invariants(s, v).view(list(data["numbers"].shape) + [-1])
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """Invariants (A, F·G + F·H) from the sums over neighbours (G, 4, A, F) that `neighbor_sums` gives."""
+        s = sums[:, 0].permute(1, 2, 0).flatten(1)
+        return self._invariants(s, sums[:, 1:].permute(3, 2, 1, 0))
+
+    def _invariants(self, s: Tensor, v: Tensor) -> Tensor:
+        """Concatenate s (R, F·G) and the squared lengths of the combinations of v (F, R, 3, G): (R, F·G + F·H)."""
         n_channels, n_rows = v.shape[0], v.shape[1]
         v = torch.bmm(v.reshape(n_channels, n_rows * 3, -1), self.agh).view(n_channels, n_rows, 3, -1)
         squares = v.pow(2).sum(dim=2).transpose(0, 1).flatten(1)
-        return torch.cat([s, squares], dim=-1).view(list(data["numbers"].shape) + [-1])
+        return torch.cat([s, squares], dim=-1)
 
     def _sums_dense(self, g_s: Tensor, g_v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over j: s (B·N, F·G) and v (F, B·N, 3, G)."""

@@ -426,7 +426,7 @@ def pair_block(
     components = coord.t()
     r_ij = components[:, j] - components[:, i]
     if "cell" in data and shifts.shape[0] > 0:
-        r_ij = r_ij + _lattice_vectors(shifts, data["cell"], data["mol_idx"][i])
+        r_ij = r_ij + lattice_vectors(shifts, data["cell"], data["mol_idx"][i])
     if mask.dim() > 1 or mask.shape[0] > 1:
         # Replace the vector, not the distance: the norm at zero has no second derivative, masked afterwards or not.
         outside = torch.full_like(r_ij[:1], masked_distance)
@@ -437,7 +437,7 @@ def pair_block(
     return PairBlock(i, j, d_ij, r_ij, mask, weight)
 
 
-def _lattice_vectors(shifts: Tensor, cell: Tensor, mol_idx: Tensor) -> Tensor:
+def lattice_vectors(shifts: Tensor, cell: Tensor, mol_idx: Tensor) -> Tensor:
     """Translations (..., 3), in cells, as vectors (3, ...), Å; ``cell`` (B, 3, 3)."""
     if cell.shape[0] == 1:
         return (shifts @ cell[0]).movedim(-1, 0)
@@ -507,6 +507,18 @@ def first_order(data: dict[str, Tensor]) -> bool:
 def leaf(x: Tensor) -> Tensor:
     """The same values, detached, to be differentiated by."""
     return x.detach().requires_grad_(True)
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    """Derivatives by ``inputs``, given those by ``outputs``; zeros where nothing depends on an input. No graph."""
+    grad_outputs: list[Tensor | None] = []
+    for d in upstream:
+        grad_outputs.append(d)
+    found = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
+    out: list[Tensor] = []
+    for gradient, x in zip(found, inputs):  # noqa: B905 - TorchScript has no strict
+        out.append(torch.zeros_like(x) if gradient is None else gradient)
+    return out
 
 
 def attach_gradient(energy: Tensor, x: Tensor, gradient: Tensor, data: dict[str, Tensor]) -> Tensor:

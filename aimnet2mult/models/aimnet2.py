@@ -4,13 +4,21 @@ Anstine, Zubatyuk, Isayev (10.1039/D4SC08572H); spin-resolved charges: Zubatyuk 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aimnet2mult import nbops, ops
-from aimnet2mult.aev import AEVSV, ConvSV
+from aimnet2mult.aev import (
+    AEVSV,
+    ConvSV,
+    PairList,
+    list_vectors,
+    neighbor_sums,
+    neighbor_sums_adjoint,
+    pair_list,
+)
 from aimnet2mult.config.builder import MODEL_NAMESPACES, build_module, check_kwargs
 from aimnet2mult.modules import MLP, AtomicShift, Embedding
 
@@ -30,6 +38,27 @@ def build_outputs(outputs: Mapping[str, Any], num_types: int) -> nn.ModuleDict:
             node["kwargs"] = {"num_types": num_types, **(node.get("kwargs") or {})}
         modules[name] = build_module(node, MODEL_NAMESPACES, f"outputs.{name}")
     return nn.ModuleDict(modules)
+
+
+class Passes(NamedTuple):
+    """What the passes of a large batch leave behind for their derivatives.
+
+    Attributes
+    ----------
+    basis
+        (G, 4, P).
+    tables
+        Of each pass, the features whose sums over neighbours it takes, (G, A, F).
+    inputs
+        Of each pass, features, charges and sums over neighbours (G, 4, A, F).
+    outputs
+        Of each pass, features and charges; ``aim`` of the last.
+    """
+
+    basis: Tensor
+    tables: list[Tensor]
+    inputs: list[list[Tensor]]
+    outputs: list[list[Tensor]]
 
 
 class AIMNet2(nn.Module):
@@ -157,26 +186,35 @@ class AIMNet2(nn.Module):
     def encode(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add ``aim`` and ``charges`` (``spin_charges``) to an internal batch."""
         data = self.aev(data)
-        numbers = data["numbers"]
-        a = self.afv(numbers).view(list(numbers.shape) + self.feature_shape)
+        a, q = self.initial_features(data)
         Q = self.channel_charges(data).to(a.dtype)
-        q = torch.zeros(list(numbers.shape) + [self.num_charge_channels], dtype=a.dtype, device=a.device)
-        n_passes = len(self.mlps)
         for p, mlp in enumerate(self.mlps):
-            x = [a.flatten(numbers.dim()), self.conv_a(data, a)]
+            x = [a.flatten(data["numbers"].dim()), self.conv_a(data, a)]
             if p > 0:
                 x += [q, self.conv_q(data, q)]
-            out = mlp(nbops.pack_atoms(torch.cat(x, dim=-1), data))
-            out = nbops.unpack_atoms(out, data)
-            if p == n_passes - 1:
+            out = nbops.unpack_atoms(mlp(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
+            if p == len(self.mlps) - 1:
                 data["aim"] = out
             else:
-                delta_q, f, delta_a = out.split(
-                    [self.num_charge_channels, self.num_charge_channels, self.n_delta], dim=-1
-                )
-                # Pass 0 sets the charges: q is zero before it.
-                q = ops.nse(Q, q + delta_q, f.pow(2), data)
-                a = a + delta_a.reshape(a.shape)
+                a, q = self.refined(a, q, out, Q, data)
+        return self.with_charges(q, data)
+
+    def initial_features(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (..., F[, G]) and charges (..., C), all zero, of the atoms before the first pass."""
+        numbers = data["numbers"]
+        a = self.afv(numbers).view(list(numbers.shape) + self.feature_shape)
+        q = torch.zeros(list(numbers.shape) + [self.num_charge_channels], dtype=a.dtype, device=a.device)
+        return a, q
+
+    def refined(self, a: Tensor, q: Tensor, out: Tensor, Q: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features and charges after a pass whose network gave ``out``; ``Q`` (B, C) are the total charges."""
+        delta_q, f, delta_a = out.split([self.num_charge_channels, self.num_charge_channels, self.n_delta], dim=-1)
+        # The first pass sets the charges: q is zero before it.
+        q = ops.nse(Q, q + delta_q, f.pow(2), data)
+        return a + delta_a.reshape(a.shape), q
+
+    def with_charges(self, q: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write ``charges`` (and ``spin_charges``) from the charges of the channels (..., C)."""
         if self.num_charge_channels == 2:
             alpha, beta = q.unbind(dim=-1)
             data["charges"] = alpha + beta
@@ -184,6 +222,105 @@ class AIMNet2(nn.Module):
         else:
             data["charges"] = q.squeeze(-1)
         return data
+
+    def first_derivatives(self, data: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Evaluate a flat internal batch with the gradient of its energy, in memory linear in atoms and pairs.
+
+        The same as differentiating ``readout(encode(data))``, one pass after the other. The neighbours of the network
+        must be those of `nbops.internal_batch`, which come in both orders.
+
+        Parameters
+        ----------
+        data : dict
+            Flat internal batch.
+
+        Returns
+        -------
+        results : dict
+            The batch with results, whose values are to be used, not their graph.
+        coord_gradient : Tensor
+            (A, 3), eV/Å.
+        cell_gradient : Tensor
+            (B, 3, 3), eV/Å; (0, 3, 3) without a cell.
+        """
+        pairs = pair_list(data)
+        passes = self._passes(data, pairs)
+
+        energy_data = data.copy()
+        energy_data["_first_order"] = data["charge"]
+        aim, q = nbops.leaf(passes.outputs[-1][0]), nbops.leaf(passes.inputs[-1][1])
+        energy_data["aim"] = aim
+        by = [aim, q, nbops.leaf(data["coord"])]
+        energy_data["coord"] = by[2]
+        if "cell" in data:
+            by.append(nbops.leaf(data["cell"]))
+            energy_data["cell"] = by[3]
+        results = self.readout(self.with_charges(q, energy_data))
+        energy = results["energy"].sum()
+        gradient = nbops.gradients([energy], by, [torch.ones_like(energy)])
+
+        table, d_sums = self._backward(passes, gradient[0], gradient[1], pairs)
+        coord_gradient, cell_gradient = self.aev.pair_gradient(table, d_sums, pairs, data)
+        if "cell" in data:
+            cell_gradient = cell_gradient + gradient[3]
+        return results, coord_gradient + gradient[2], cell_gradient
+
+    def _passes(self, data: dict[str, Tensor], pairs: PairList) -> Passes:
+        """Run all passes, each with a graph of its own from its inputs to its outputs."""
+        basis = self.aev.pair_basis(list_vectors(pairs, 0, pairs.i.shape[0], data)).detach()
+        tables: list[Tensor] = []
+        inputs: list[list[Tensor]] = []
+        outputs: list[list[Tensor]] = []
+        n_features = self.feature_shape[0]
+        a, q = self.initial_features(data)
+        Q = self.channel_charges(data).to(a.dtype)
+        for p, mlp in enumerate(self.mlps):
+            a, q = nbops.leaf(a), nbops.leaf(q)
+            table = self._table(a.detach(), q.detach(), p > 0)
+            sums = nbops.leaf(neighbor_sums(table, basis, pairs))
+            x = [a.flatten(1), self.conv_a.from_sums(sums[..., :n_features])]
+            if p > 0:
+                x += [q, self.conv_q.from_sums(sums[..., n_features:])]
+            tables.append(table)
+            inputs.append([a, q, sums])
+            out = nbops.unpack_atoms(mlp(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
+            if p == len(self.mlps) - 1:
+                outputs.append([out])
+            else:
+                a, q = self.refined(a, q, out, Q, data)
+                outputs.append([a, q])
+        return Passes(basis, tables, inputs, outputs)
+
+    def _backward(self, passes: Passes, d_aim: Tensor, d_q: Tensor, pairs: PairList) -> tuple[Tensor, Tensor]:
+        """Features of all passes (G, A, F) and derivatives of the energy by their sums (G, 4, A, F), for the geometry.
+
+        ``d_aim`` and ``d_q`` are derivatives by the features and charges that the readouts see.
+        """
+        n_features = self.feature_shape[0]
+        last = len(passes.inputs) - 1
+        upstream = [d_aim]
+        sums_gradients: list[Tensor] = []
+        for p in range(last, -1, -1):
+            gradient = nbops.gradients(passes.outputs[p], passes.inputs[p], upstream)
+            d_a, d_sums = gradient[0], gradient[2]
+            # The last pass leaves the charges as they are.
+            d_q = d_q + gradient[1] if p == last else gradient[1]
+            if p > 0:
+                d_table = neighbor_sums_adjoint(d_sums, passes.basis, pairs)
+                d_features = d_table[..., :n_features]
+                d_a = d_a + (d_features.permute(1, 2, 0) if self.d2features else d_features.sum(dim=0))
+                d_q = d_q + d_table[..., n_features:].sum(dim=0)
+            upstream = [d_a, d_q]
+            sums_gradients.append(d_sums)
+        sums_gradients.reverse()
+        return torch.cat(passes.tables, dim=-1), torch.cat(sums_gradients, dim=-1)
+
+    def _table(self, a: Tensor, q: Tensor, with_charges: bool) -> Tensor:
+        """Features of the atoms for each radial function, and their charges after them: (G, A, F [+ C])."""
+        table = a.permute(2, 0, 1) if self.d2features else a.expand([self.aev.nshifts_s] + list(a.shape))
+        if not with_charges:
+            return table.contiguous()
+        return torch.cat([table, q.expand([table.shape[0]] + list(q.shape))], dim=-1)
 
     def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch."""
