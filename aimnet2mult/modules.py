@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from aimnet2mult import nbops, ops
 from aimnet2mult.config.builder import resolve
 from aimnet2mult.constants import ATOMIC_MASSES, MAX_ATOMIC_NUMBER
+from aimnet2mult.dftd4 import DFTD4
 from aimnet2mult.dispersion import D3TS, DFTD3, DispParam
 from aimnet2mult.electrostatics import LRCoulomb, SRCoulomb
 
 __all__ = [
     "D3TS",
     "DFTD3",
+    "DFTD4",
     "MLP",
     "AtomicShift",
     "AtomicSum",
