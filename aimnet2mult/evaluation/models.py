@@ -22,7 +22,8 @@ from aimnet2mult.models.base import layout_of_weights, load_checkpoint
 from aimnet2mult.models.jit_wrapper import DeployableModel, load_jit_model
 from aimnet2mult.modules import DFTD3, Forces, SelfAtomicEnergies
 from aimnet2mult.nbops import encode_fidelity
-from aimnet2mult.tools.compile_jit import COMMAND_LINE, SUBTRACTED, load_single_fidelity
+from aimnet2mult.tools.compile_options import COMMAND_LINE, SUBTRACTED
+from aimnet2mult.tools.compile_source import load_single_fidelity
 
 COMPILED_SUFFIX = ".jpt"
 """How names of compiled models end; everything else is a checkpoint."""

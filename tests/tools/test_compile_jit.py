@@ -8,7 +8,8 @@ from click.testing import CliRunner
 from aimnet2mult.data.ledger import parse_dispersion
 from aimnet2mult.models.base import build_model, load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
-from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model, differing_key, main
+from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model, main
+from aimnet2mult.tools.compile_source import differing_key
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def with_ledger(tmp_path, own_config):
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, logger="aimnet2mult.tools.compile_jit")
+    caplog.set_level(logging.INFO, logger="aimnet2mult.tools")
     return caplog
 
 
@@ -137,8 +138,8 @@ def test_parameters_given_one_by_one(run, mixed):
             ["--fidelity-level", 0, "--fidelity-offset", 150],
             "--fidelity-offset 150: the embedding of the",
         ),
-        (["--fidelity-level", 0, "--dispersion", "d4"], "d4 is not available yet"),
-        (["--fidelity-level", 0, "--dispersion", "d3"], "--dispersion d3 is unknown; known: none, d3bj"),
+        (["--fidelity-level", 0, "--dispersion", "d4"], "--dispersion d4 needs --dispersion-functional"),
+        (["--fidelity-level", 0, "--dispersion", "d3"], "--dispersion d3 is unknown; known: none, d3bj, d4"),
         (["--fidelity-level", 0, "--dispersion", "d3bj"], "needs --dispersion-functional, or its own parameters"),
         (
             ["--fidelity-level", 0, "--dispersion", "d3bj", "--dispersion-s8", 1],
@@ -267,6 +268,8 @@ def test_what_was_subtracted_is_embedded(run, with_ledger, tmp_path, log, flags)
         "method": "d3bj",
         "functional": "b3lyp",
         "parameters": parameters,
+        "cutoff": None,
+        "smoothing": None,
     }
     assert meta["labels_dispersion"] == {"method": "d3bj", "functional": "b3lyp", "parameters": parameters}
     assert meta["level_of_theory"] == "B3LYP/def2-SVP"
@@ -347,7 +350,8 @@ def test_labels_without_dispersion(run, with_ledger, tmp_path, log):
     assert result.exit_code == 0, result.output
     assert "the labels contain no dispersion, and none is added. To add it: --dispersion d3bj" in log.text
     meta = yaml.safe_load((tmp_path / "out" / files[1]).read_text())
-    assert meta["dispersion"] == {"source": None, "method": "none", "functional": None, "parameters": None}
+    assert meta["dispersion"].pop("method") == "none"
+    assert set(meta["dispersion"].values()) == {None}
     assert meta["labels_dispersion"]["method"] == "none"
     log.clear()
     result, _ = run("--weights", checkpoint, "--fidelity-level", 0, "--dispersion", "none")

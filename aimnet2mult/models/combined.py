@@ -1,0 +1,205 @@
+"""All fidelities of a training in one compiled model; each molecule says which one it is evaluated in.
+
+The parts are the models that would be compiled one by one, so results are theirs to the last bit. What they have in
+common (all of the network but element types and readouts) exists once.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aimnet2mult import nbops
+from aimnet2mult.models.jit_wrapper import DeployableModel
+
+
+def share_equal_tensors(models: Iterable[nn.Module]) -> int:
+    """Let parameters and buffers that are equal to the last bit be one tensor; return how many were replaced.
+
+    Files hold a tensor once, however many modules have it.
+    """
+    known: dict[tuple[str, tuple[int, ...], bytes], Tensor] = {}
+    replaced = 0
+    for model in models:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    content = tensor.detach().cpu().contiguous().numpy().tobytes()
+                    first = known.setdefault((str(tensor.dtype), tuple(tensor.shape), content), tensor)
+                    if first is not tensor and type(first) is type(tensor):
+                        tensors[name] = first  # type: ignore[assignment]  # of the same type, as was asked above
+                        replaced += 1
+    return replaced
+
+
+class CombinedModel(nn.Module):
+    """Several `DeployableModel` behind one: the key ``fidelity`` selects by index.
+
+    Parameters
+    ----------
+    models : sequence of DeployableModel
+        One for each fidelity, in the order of their numbers. Equal tensors become one.
+    names : sequence of str
+        Their names, all different.
+    default_fidelity : int
+        Which one is meant where a batch does not say.
+
+    Attributes
+    ----------
+    fidelity_names, fidelity_species : list
+        Name, and elements, of each fidelity.
+    default_fidelity : int
+        As above; may be set.
+    species : list of int
+        Elements that at least one fidelity knows.
+    cutoff, cutoff_lr : float
+        Largest of those of the fidelities, Å.
+    compute_stress, compute_hessian : bool
+        As in `DeployableModel`, for all fidelities; may be set.
+    """
+
+    def __init__(self, models: Sequence[DeployableModel], names: Sequence[str], default_fidelity: int = 0) -> None:
+        super().__init__()
+        if not models or len(models) != len(names) or not 0 <= default_fidelity < len(models):
+            raise ValueError(
+                f"{len(models)} models need as many names ({len(names)} given) and a default among them, "
+                f"found {default_fidelity}"
+            )
+        share_equal_tensors(models)
+        self.models = nn.ModuleList(models)
+        self.fidelity_names = list(names)
+        self.fidelity_species = [list(model.species) for model in models]
+        self.default_fidelity = int(default_fidelity)
+        self.species = sorted({z for model in models for z in model.species})
+        self.cutoff = max(model.cutoff for model in models)
+        self.cutoff_lr = max(model.cutoff_lr for model in models)
+        self.cutoff_lr_periodic = max(model.cutoff_lr_periodic for model in models)
+        self.compute_stress = bool(getattr(models[0], "compute_stress", False))
+        self.compute_hessian = bool(getattr(models[0], "compute_hessian", False))
+        for model in models:
+            model.compute_stress = self.compute_stress  # type: ignore[assignment]  # nn.Module says Tensor | Module
+            model.compute_hessian = self.compute_hessian  # type: ignore[assignment]
+        self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind in ("atom", "pair")]
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Results of each molecule in its fidelity.
+
+        Parameters
+        ----------
+        data : dict
+            As for `DeployableModel`, and ``fidelity``: index of the fidelity, one for all molecules or one for each
+            (B,), int; without it, all are evaluated in ``default_fidelity``. Left as it is.
+
+        Returns
+        -------
+        dict
+            As of `DeployableModel`. Of molecules in several fidelities, ``stress`` is (B, 3, 3).
+
+        Raises
+        ------
+        ValueError
+            As `DeployableModel`; a fidelity that there is not.
+        """
+        inputs: dict[str, Tensor] = {}
+        for key, value in data.items():
+            if key != "fidelity":
+                inputs[key] = value
+        if "fidelity" not in data:
+            return self.evaluate(inputs, self.default_fidelity)
+        nbops.check_batch(inputs)
+        n_mol = nbops.count_molecules(inputs)
+        fidelity = data["fidelity"].reshape(-1)
+        if fidelity.is_floating_point():
+            raise ValueError(f"fidelity must hold whole numbers: {self.known()}")
+        if fidelity.shape[0] not in [1, n_mol]:
+            raise ValueError(f"fidelity has {fidelity.shape[0]} entries for {n_mol} molecules: one, or one for each")
+        # Which parts are to run can only be decided here: one wait for the device.
+        present: list[int] = torch.unique(fidelity).tolist()
+        for f in present:
+            if f < 0 or f >= len(self.fidelity_names):
+                raise ValueError(f"fidelity {f} is unknown: {self.known()}")
+        if len(present) == 1:
+            return self.evaluate(inputs, present[0])
+        if len(present) == 0:
+            return self.evaluate(inputs, self.default_fidelity)
+        return self.evaluate_mixed(inputs, fidelity.to(inputs["coord"].device), present)
+
+    def known(self) -> str:
+        """``the model has 0 (dft), 1 (xtb)``."""
+        names: list[str] = []
+        for f, name in enumerate(self.fidelity_names):
+            names.append(f"{f} ({name})")
+        return "the model has the fidelities " + ", ".join(names)
+
+    def evaluate(self, data: dict[str, Tensor], fidelity: int) -> dict[str, Tensor]:
+        """Results of a batch in one fidelity."""
+        out: dict[str, Tensor] = {}
+        for f, model in enumerate(self.models):
+            if f == fidelity:
+                # What was set for all holds for the part.
+                model.compute_stress = self.compute_stress  # type: ignore[assignment]
+                model.compute_hessian = self.compute_hessian  # type: ignore[assignment]
+                out = model(data)
+        return out
+
+    def evaluate_mixed(self, data: dict[str, Tensor], fidelity: Tensor, present: list[int]) -> dict[str, Tensor]:
+        """Results of a batch of molecules in several fidelities (B,): one part of the batch after the other."""
+        flat = nbops.is_flat(data)
+        if flat and self.compute_hessian:
+            raise ValueError("Hessians in several fidelities at once need a dense batch (B, N, 3)")
+        n_mol, n_atoms = fidelity.shape[0], data["numbers"].shape[0]
+        whole: dict[str, Tensor] = {}
+        for f in present:
+            molecules = torch.nonzero(fidelity == f).squeeze(1)
+            atoms = molecules
+            if flat:
+                atoms = self.atoms_of(data, fidelity == f)
+            out = self.evaluate(self.part(data, molecules, atoms), f)
+            for key, value in out.items():
+                n_rows, places = n_mol, molecules
+                if flat and key in self.atom_keys:
+                    n_rows, places = n_atoms, atoms
+                if key not in whole:
+                    shape = [n_rows] + list(value.shape[1:])
+                    whole[key] = torch.zeros(shape, dtype=value.dtype, device=value.device)
+                whole[key] = whole[key].index_copy(0, places, value)
+        return whole
+
+    def atoms_of(self, data: dict[str, Tensor], chosen: Tensor) -> Tensor:
+        """Atoms of chosen molecules (B,) bool of a flat batch; with neighbour matrices, the padding atom at the end."""
+        kept = chosen[data["mol_idx"].long()]
+        if "nbmat" in data:
+            kept = torch.cat([kept[:-1], torch.ones_like(kept[-1:])])
+        return torch.nonzero(kept).squeeze(1)
+
+    def part(self, data: dict[str, Tensor], molecules: Tensor, atoms: Tensor) -> dict[str, Tensor]:
+        """Batch of some molecules, of which in flat layout ``atoms`` are the atoms."""
+        flat = nbops.is_flat(data)
+        n_mol = nbops.count_molecules(data)
+        part: dict[str, Tensor] = {}
+        for key, value in data.items():
+            if key in ["charge", "mult"]:
+                part[key] = value.reshape(-1).index_select(0, molecules)
+            elif key == "cell":
+                part[key] = value.expand(n_mol, 3, 3).index_select(0, molecules)
+            elif key in self.atom_keys:
+                part[key] = value.index_select(0, atoms)
+        if not flat:
+            return part
+        if "charge" not in part:  # the only thing that tells how many molecules there are, should some have no atoms
+            part["charge"] = torch.zeros([molecules.shape[0]], dtype=data["coord"].dtype, device=atoms.device)
+        number = torch.zeros([n_mol], dtype=torch.long, device=atoms.device)
+        number = number.index_copy(0, molecules, torch.arange(molecules.shape[0], device=atoms.device))
+        part["mol_idx"] = number[part["mol_idx"].long()]
+        if "nbmat" in part:
+            last = atoms.shape[0] - 1
+            # The padding atom belongs to whichever molecule comes last.
+            part["mol_idx"] = torch.cat([part["mol_idx"][:-1], torch.full_like(atoms[-1:], molecules.shape[0] - 1)])
+            row = torch.full([data["numbers"].shape[0]], last, dtype=torch.long, device=atoms.device)
+            row = row.index_copy(0, atoms, torch.arange(atoms.shape[0], device=atoms.device))
+            for key in ["nbmat", "nbmat_lr"]:
+                if key in part:
+                    part[key] = row[part[key].long()]
+        return part
