@@ -324,7 +324,11 @@ def choose_coulomb_method(network: AIMNet2, coulomb: Coulomb | None, title: str)
 
 
 def _coulomb_settings(module: LRCoulomb) -> dict[str, Any]:
-    settings: dict[str, Any] = {"method": module.method, "short_range": float(module.rc), "envelope": module.envelope}
+    settings: dict[str, Any] = {
+        "method": module.method,
+        "short_range": round(float(module.rc), 6),
+        "envelope": module.envelope,
+    }
     if module.method == "dsf":
         settings |= {"cutoff": float(module.dsf_rc), "alpha": float(module.dsf_alpha)}
     elif module.method == "ewald":
