@@ -521,6 +521,60 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor], upstream: list[Tensor
     return out
 
 
+def stress(coord_gradient: Tensor, cell_gradient: Tensor, data: dict[str, Tensor]) -> Tensor:
+    """Derivative of the energy by a homogeneous strain, divided by the volume.
+
+    Positions and lattice vectors follow a strain alike, r -> r (1 + ε), so dE/dε = Σ r⊗∂E/∂r + Σ h⊗∂E/∂h over atoms
+    and lattice vectors. The sign is that of ASE: positive where the crystal wants to shrink.
+
+    Parameters
+    ----------
+    coord_gradient : Tensor
+        (A, 3), eV/Å.
+    cell_gradient : Tensor
+        (B, 3, 3), eV/Å.
+    data : dict
+        Flat internal batch with ``cell``.
+
+    Returns
+    -------
+    Tensor
+        (B, 3, 3), symmetric, eV/Å³.
+    """
+    cell = data["cell"]
+    products = data["coord"].double().unsqueeze(2) * coord_gradient.double().unsqueeze(1)
+    strain = mol_sum(products, data) + cell.double().transpose(1, 2) @ cell_gradient.double()
+    strain = strain / torch.linalg.det(cell.double()).abs().view(-1, 1, 1)
+    return (0.5 * (strain + strain.transpose(1, 2))).to(cell.dtype)
+
+
+def second_derivatives(gradient: Tensor, coord: Tensor, keep_graph: bool) -> Tensor:
+    """Differentiate the gradient of the energy once more, one row after the other.
+
+    Parameters
+    ----------
+    gradient, coord : Tensor
+        (B, N, 3), or (A, 3) of one molecule; the gradient has a graph.
+    keep_graph : bool
+        The result has one, too.
+
+    Returns
+    -------
+    Tensor
+        (B, N, 3, N, 3), or (1, A, 3, A, 3), symmetric, eV/Å².
+    """
+    gradient = gradient.view([-1] + list(coord.shape[-2:]))
+    n_mol, n_atoms = gradient.shape[0], gradient.shape[1]
+    rows: list[Tensor] = []
+    for i in range(n_atoms):
+        for k in range(3):
+            row = torch.autograd.grad([gradient[:, i, k].sum()], [coord], retain_graph=True, create_graph=keep_graph)[0]
+            assert row is not None
+            rows.append(row.reshape(n_mol, n_atoms, 3))
+    hessian = torch.stack(rows, dim=1).view(n_mol, n_atoms, 3, n_atoms, 3)
+    return 0.5 * (hessian + hessian.permute(0, 3, 4, 1, 2))
+
+
 def attach_gradient(energy: Tensor, x: Tensor, gradient: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Give energies a derivative that was computed apart: E + Σ (x - x₀)·∂E/∂x at x = x₀.
 
@@ -562,6 +616,14 @@ def check_batch(data: dict[str, Tensor]) -> None:
         raise ValueError(f"numbers has shape {list(numbers.shape)}, coord {list(coord.shape)}: one number per atom")
     if not coord.is_floating_point():
         raise ValueError("coord must be a tensor of floating-point numbers")
+    if numbers.is_floating_point():
+        raise ValueError("numbers must be a tensor of whole numbers: atomic numbers")
+    if "cell" in data:
+        cell = data["cell"]
+        fits = cell.dim() == 2 or (cell.dim() == 3 and not is_flat(data) and cell.shape[0] in [1, coord.shape[0]])
+        fits = fits or (cell.dim() == 3 and is_flat(data))
+        if not fits or cell.shape[-1] != 3 or cell.shape[-2] != 3:
+            raise ValueError(f"cell must have shape (3, 3) or (B, 3, 3), found {list(cell.shape)}")
     if is_flat(data) and "mol_idx" in data and data["mol_idx"].shape[0] != coord.shape[0]:
         raise ValueError(f"mol_idx has {data['mol_idx'].shape[0]} entries, coord {coord.shape[0]}: one per atom")
     if "nbmat" in data and data["nbmat"].dim() != coord.dim():
@@ -603,6 +665,29 @@ def check_values(data: dict[str, Tensor]) -> None:
         raise ValueError("with nbmat, the last atom (of each molecule) must be padding: numbers = 0")
 
 
+def possible_multiplicities(data: dict[str, Tensor]) -> Tensor:
+    """Tell for each molecule of a caller's batch whether its multiplicity fits its number of electrons: (B,) bool.
+
+    An even number of electrons needs an odd multiplicity and the other way round, and there are no more unpaired
+    electrons than electrons. Charges and multiplicities that are not whole numbers are left alone.
+    """
+    n_mol = count_molecules(data)
+    numbers = data["numbers"].long()
+    nuclear = torch.zeros([n_mol], dtype=torch.long, device=numbers.device)
+    if not is_flat(data):
+        nuclear = numbers.sum(dim=1)
+    elif "mol_idx" in data:
+        nuclear = nuclear.index_add(0, data["mol_idx"].long(), numbers)
+    else:
+        nuclear = nuclear + numbers.sum()
+    electrons = nuclear - _molecule_values(data, "charge", 0.0, n_mol).double()
+    unpaired = _molecule_values(data, "mult", 1.0, n_mol).double() - 1.0
+    whole = (electrons == electrons.round()) & (unpaired == unpaired.round())
+    fits = (unpaired >= 0) & (unpaired <= electrons) & (torch.remainder(electrons - unpaired, 2.0) == 0)
+    # Places without atoms are no molecules.
+    return fits | ~whole | (nuclear == 0)
+
+
 def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: int) -> Tensor:
     """A value per molecule (B,), the default where the caller gives none, dtype and device of ``coord``."""
     coord = data["coord"]
@@ -615,13 +700,13 @@ def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: i
 
 
 def internal_batch(
-    data: dict[str, Tensor], cutoff: float, cutoff_lr: float, dense_limit: int = 256
+    data: dict[str, Tensor], cutoff: float, cutoff_lr: float = 0.0, dense_limit: int = 256
 ) -> dict[str, Tensor]:
     """Copy the documented inputs of a batch into a new dictionary, in one of the two layouts that the model works in.
 
-    Dense input stays dense when it is not periodic, brings no neighbour matrix and its molecules have at most
-    ``dense_limit`` places; everything else becomes flat with a padding atom at the end. Missing neighbour
-    matrices are made.
+    Molecules that are not periodic, bring no neighbour matrix and have at most ``dense_limit`` places are in dense
+    layout if they came so, or if there is one alone; everything else becomes flat with a padding atom at the end.
+    Missing neighbour matrices are made.
 
     Parameters
     ----------
@@ -667,6 +752,13 @@ def internal_batch(
         return out
 
     device = coord.device
+    single = not dense and n_mol == 1 and "nbmat" not in data and "cell" not in data
+    if single and numbers.shape[0] <= dense_limit:
+        out["coord"], out["numbers"] = coord.unsqueeze(0), numbers.unsqueeze(0)
+        out["_restore_idx"] = torch.arange(numbers.shape[0], device=device)
+        out["_real_idx"] = torch.nonzero(real_atoms(numbers)).squeeze(1)
+        return out
+
     if dense:
         mol_idx = torch.arange(n_mol, device=device).unsqueeze(1).expand(numbers.shape).reshape(-1)
     elif "mol_idx" in data:
@@ -755,8 +847,13 @@ def emitted_batch(batch: dict[str, Tensor], data: dict[str, Tensor], atom_keys: 
         inner = key.startswith("_") or key.startswith("nbmat") or key.startswith("shifts") or key == "cell"
         if inner or key in ["coord", "numbers", "mol_idx"]:
             continue
-        if key in atom_keys and "_restore_idx" in batch:
-            shape = list(data["numbers"].shape) + list(value.shape[1:])
-            value = value[batch["_restore_idx"]].reshape(shape)
-        out[key] = value
+        out[key] = restored(value, batch, data) if key in atom_keys else value
     return out
+
+
+def restored(value: Tensor, batch: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+    """Return a quantity per atom of an internal batch in the layout of the caller's ``data`` it was made from."""
+    if "_restore_idx" not in batch:
+        return value
+    rows = value.flatten(0, batch["numbers"].dim() - 1)[batch["_restore_idx"]]
+    return rows.reshape(list(data["numbers"].shape) + list(rows.shape[1:]))

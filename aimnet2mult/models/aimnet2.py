@@ -91,6 +91,8 @@ class AIMNet2(nn.Module):
         Range of the network, Å.
     cutoff_lr, cutoff_lr_periodic : float
         Range of the long-range readouts for molecules and crystals, Å; 0 without any, ``inf`` for all pairs.
+    one_length : bool
+        Scalar and vector parts have as many radial functions, which `first_derivatives` needs.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class AIMNet2(nn.Module):
             mlps.append(mlp)
         self.mlps = nn.ModuleList(mlps)
         self.outputs = build_outputs(outputs, num_types)
+        self.one_length = nshifts_v == nshifts
         self.update_keys_and_cutoffs()
 
     @torch.jit.unused

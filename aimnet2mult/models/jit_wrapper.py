@@ -4,7 +4,8 @@
 `load_jit_model` reads the file back for Python and adds second derivatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from aimnet2mult import nbops
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.compiled_file import METADATA_FILE, parse_metadata, torchscript_deprecation_ignored
+from aimnet2mult.neighborlist import neighbor_matrix
+
+DENSE_LIMIT = 120
+"""Molecules of up to so many atoms are evaluated in dense layout, larger ones with a list of neighbours; where the two
+take the same time on a CPU (``benchmarks/compiled.py``)."""
+
+
+ROWS_TIMES_ATOMS = 2048
+"""Rows of a Hessian that are computed together, times atoms: more need more memory and gain nothing."""
 
 
 class DeployableModel(nn.Module):
     """A network with all its energy terms, as a function of what a user has: positions and atomic numbers.
+
+    Batches of small molecules are evaluated in dense layout. Large molecules and crystals get a list of neighbours, in
+    time and memory linear in the number of atoms; pairs of long-range terms are taken block by block.
 
     Parameters
     ----------
@@ -28,18 +41,39 @@ class DeployableModel(nn.Module):
         Elements that it may be used for; others are refused.
     label : str
         What to call the model in messages, for instance ``fidelity 1``.
+    compute_stress, compute_hessian : bool
+        Options, see below.
 
     Attributes
     ----------
-    cutoff, cutoff_lr : float
-        Range of the network and of the long-range terms, Å; a caller's own neighbour matrices must reach so far.
+    cutoff, cutoff_lr, cutoff_lr_periodic : float
+        Range of the network, and of the long-range terms for molecules and for crystals, Å; a caller's own neighbour
+        matrices must reach so far.
     species : list of int
         As above.
+    compute_stress : bool
+        Return ``stress`` of batches with a cell. May be set on a loaded model, as all options.
+    compute_hessian : bool
+        Return ``hessian`` of dense batches, or of one molecule or crystal.
+    check_spin : bool
+        Refuse multiplicities that are impossible for the number of electrons, if the model resolves spin. Off for data
+        whose labels leave the multiplicity out.
+    dense_limit : int
+        Largest number of atoms of the dense layout.
+    coulomb_method : str
+        ``simple``, ``dsf``, ``ewald`` or, of a model without Coulomb energy, ``none``; see `set_coulomb_method`.
     """
 
     allowed: Tensor
 
-    def __init__(self, model: AIMNet2, species: Sequence[int], label: str = "this model") -> None:
+    def __init__(
+        self,
+        model: AIMNet2,
+        species: Sequence[int],
+        label: str = "this model",
+        compute_stress: bool = False,
+        compute_hessian: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.cutoff = model.cutoff
@@ -47,9 +81,15 @@ class DeployableModel(nn.Module):
         self.cutoff_lr_periodic = model.cutoff_lr_periodic
         self.species = [int(z) for z in sorted(species)]
         self.label = label
+        self.compute_stress, self.compute_hessian = compute_stress, compute_hessian
+        self.check_spin = True
+        self.dense_limit = DENSE_LIMIT
+        self.coulomb_method = next((str(m.method) for m in model.readouts() if hasattr(m, "method")), "none")
+        self.spin_resolved = model.num_charge_channels == 2
+        self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind == "atom" and name != "hessian"]
         self.symbols = list(ELEMENT_SYMBOLS)
         self.input_keys = list(nbops.INPUT_KEYS)
-        self.result_keys = [key for key in nbops.RESULT_KEYS if key != "forces"]
+        self.result_keys = [key for key in nbops.RESULT_KEYS if key not in ("stress", "hessian")]
         allowed = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
         allowed[[0, *self.species]] = True
         self.register_buffer("allowed", allowed)
@@ -66,66 +106,203 @@ class DeployableModel(nn.Module):
         Returns
         -------
         dict
-            ``energy`` (B,) float64, eV, total; ``forces``, eV/Å; ``charges`` (``spin_charges``), e. Results are
-            detached unless ``coord`` requires grad and grad mode is on; then the graph is kept.
+            ``energy`` (B,) float64, eV, total; ``forces``, eV/Å; ``charges`` (``spin_charges``), e; ``stress``
+            (B, 3, 3), or (3, 3) of one system whose cell is so given, eV/Å³; ``hessian`` (B, N, 3, N, 3), or
+            (A, 3, A, 3) of one molecule in flat layout, eV/Å². Results are detached unless ``coord`` (or ``cell``)
+            requires grad and grad mode is on; then the graph is kept.
 
         Raises
         ------
         ValueError
-            Shapes that do not fit, elements that the model was not trained on, coordinates that are not finite, a
-            cell with a model whose Coulomb method has infinite range (from TorchScript: ``torch.jit.Error``).
+            Shapes that do not fit, elements that the model was not trained on, coordinates that are not finite, atoms
+            on top of each other, an impossible multiplicity, a singular cell, a cell with a model whose Coulomb
+            method has infinite range (from TorchScript: ``torch.jit.Error``).
         """
         self.check_input(data)
         inputs: dict[str, Tensor] = {}
         for key in self.input_keys:
             if key in data:
                 inputs[key] = data[key]
-        coord = data["coord"]
+        if data["numbers"].numel() == 0:
+            return self.nothing(inputs)
         grad_mode = torch.is_grad_enabled()
-        keep_graph = grad_mode and coord.requires_grad
-        if not keep_graph:
-            coord = coord.detach().clone()
-            if coord.is_inference():
-                raise ValueError("forces cannot be computed under torch.inference_mode(): use torch.no_grad()")
-            coord.requires_grad_(True)
-        inputs["coord"] = coord
+        keep_graph = grad_mode and (data["coord"].requires_grad or ("cell" in data and data["cell"].requires_grad))
+        cutoff_lr = self.cutoff_lr_periodic if "cell" in data else self.cutoff_lr
+        batch = nbops.internal_batch(inputs, self.cutoff, cutoff_lr, self.dense_limit)
 
         # From here to the switch back nothing may raise: grad mode would stay on for the caller.
         torch.set_grad_enabled(True)
-        out = self.model(inputs)
-        gradient = torch.autograd.grad([out["energy"].sum()], [coord], create_graph=keep_graph)[0]
+        results = self.evaluate(batch, keep_graph, "nbmat" in data)
         torch.set_grad_enabled(grad_mode)
-        assert gradient is not None
 
-        results: dict[str, Tensor] = {"forces": -gradient}
+        if not bool((results["energy"].isfinite().all() & results["forces"].isfinite().all()).item()):
+            raise ValueError(self.why_not_finite(batch))
+        out: dict[str, Tensor] = {}
+        for key, value in results.items():
+            if key in self.atom_keys:
+                value = nbops.restored(value, batch, inputs)
+            elif key == "stress" and data["cell"].dim() == 2 and value.shape[0] == 1:
+                value = value[0]
+            elif key == "hessian" and "_restore_idx" in batch:
+                places = batch["_restore_idx"]
+                value = value[0][places][:, :, places]
+                if not nbops.is_flat(inputs):
+                    value = value.unsqueeze(0)
+            out[key] = value if keep_graph else value.detach()
+        return out
+
+    def evaluate(self, batch: dict[str, Tensor], keep_graph: bool, own_neighbors: bool) -> dict[str, Tensor]:
+        """Results of an internal batch, in its layout; grad mode must be on.
+
+        ``own_neighbors``: the caller gave neighbour matrices, which need not hold each pair in both orders.
+        """
+        with_stress = self.compute_stress and "cell" in batch
+        flat = nbops.is_flat(batch)
+        if flat and not (keep_graph or self.compute_hessian or own_neighbors) and self.model.one_length:
+            out, coord_gradient, cell_gradient = self.model.first_derivatives(batch)
+        else:
+            by = [batch["coord"] if keep_graph else nbops.leaf(batch["coord"])]
+            batch["coord"] = by[0]
+            if with_stress:
+                by.append(batch["cell"] if keep_graph and batch["cell"].requires_grad else nbops.leaf(batch["cell"]))
+                batch["cell"] = by[1]
+            out = self.model.readout(self.model.encode(batch))
+            found = torch.autograd.grad([out["energy"].sum()], by, create_graph=keep_graph or self.compute_hessian)
+            coord_gradient, cell_gradient = found[0], found[-1]
+        assert coord_gradient is not None
+        results: dict[str, Tensor] = {"forces": -coord_gradient}
         for key in self.result_keys:
-            if key in out:
-                results[key] = out[key] if keep_graph else out[key].detach()
+            if key in out and key != "forces":
+                results[key] = out[key]
+        if with_stress:
+            assert cell_gradient is not None
+            results["stress"] = nbops.stress(coord_gradient, cell_gradient, batch)
+        if self.compute_hessian:
+            results["hessian"] = nbops.second_derivatives(coord_gradient, batch["coord"], keep_graph)
         return results
+
+    def nothing(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Results of a batch without atoms."""
+        coord = data["coord"]
+        n_mol = nbops.count_molecules(data)
+        out = {
+            "energy": torch.zeros([n_mol], dtype=torch.float64, device=coord.device),
+            "forces": torch.zeros_like(coord),
+            "charges": torch.zeros_like(coord[..., 0]),
+        }
+        if self.spin_resolved:
+            out["spin_charges"] = out["charges"]
+        return out
 
     def check_input(self, data: dict[str, Tensor]) -> None:
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
         nbops.check_values(data)
+        if data["coord"].is_inference():
+            raise ValueError("forces cannot be computed under torch.inference_mode(): use torch.no_grad()")
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(
-                "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; "
-                "train or compile it with the Coulomb method dsf or ewald"
+                "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; choose "
+                "dsf or ewald: compile_jit --coulomb ewald, or set_coulomb_method of the loaded model"
             )
+        if self.compute_hessian and nbops.is_flat(data) and nbops.count_molecules(data) > 1:
+            raise ValueError("a Hessian needs a dense batch (B, N, 3), or one molecule or crystal")
+        if self.compute_hessian and "cell" in data and nbops.count_molecules(data) > 1:
+            raise ValueError("the Hessian of a crystal is computed for one at a time")
         numbers = data["numbers"].long()
         n_known = self.allowed.shape[0]
         known = (numbers >= 0) & (numbers < n_known)
         known = known & self.allowed[numbers.clamp(0, n_known - 1)]
-        # One wait for the device, for both questions.
-        if not bool((known.all() & torch.isfinite(data["coord"]).all()).item()):
-            if bool(known.all().item()):
-                raise ValueError("coord holds NaN or infinite values")
+        finite = torch.isfinite(data["coord"]).all()
+        for key in ["charge", "mult", "cell"]:
+            if key in data:
+                finite = finite & torch.isfinite(data[key]).all().to(finite.device)
+        possible = nbops.possible_multiplicities(data)
+        # One wait for the device, for all questions.
+        checked = self.check_spin and self.spin_resolved
+        if bool((known.all() & finite & (possible.all() | (not checked))).item()):
+            return
+        if not bool(known.all().item()):
             unknown: list[int] = torch.unique(numbers[~known]).tolist()
             verb = "is" if len(unknown) == 1 else "are"
             raise ValueError(
                 f"{self.element_names(unknown)} {verb} not among the elements of {self.label}: "
                 f"{self.element_names(self.species)}"
             )
+        if not bool(finite.item()):
+            for key in ["coord", "charge", "mult", "cell"]:
+                if key in data and not bool(torch.isfinite(data[key]).all().item()):
+                    raise ValueError(f"{key} holds NaN or infinite values")
+        wrong = int(torch.nonzero(~possible)[0].item())
+        raise ValueError(
+            f"molecule {wrong}: its multiplicity (mult, 1 if left out) is impossible for its number of electrons; give "
+            "mult = 2S+1 and charge, or set check_spin to False if the model was trained like this"
+        )
+
+    def why_not_finite(self, batch: dict[str, Tensor]) -> str:
+        """Say which atoms of an internal batch are on top of each other, if that is why the energy is not finite."""
+        real = batch["_real_idx"]
+        coord = batch["coord"].detach().reshape(-1, 3)[real]
+        n_atoms = batch["numbers"].shape[-1]
+        mol_idx = batch["mol_idx"][real] if "mol_idx" in batch else torch.div(real, n_atoms, rounding_mode="floor")
+        cell: Tensor | None = None
+        if "cell" in batch:
+            cell = batch["cell"].detach()
+        nbmat, _ = neighbor_matrix(coord, mol_idx, 0.05, cell)
+        pairs = torch.nonzero(nbmat < coord.shape[0])
+        if pairs.shape[0] == 0:
+            return "energy or forces are not finite, although the input is: positions or a weight out of all proportion"
+        i, j = int(pairs[0, 0].item()), int(nbmat[pairs[0, 0], pairs[0, 1]].item())
+        molecule = int(mol_idx[i].item())
+        first = int(torch.nonzero(mol_idx == molecule)[0].item())
+        return f"molecule {molecule}: atoms {i - first} and {j - first} (from 0) are on top of each other"
+
+    @torch.jit.export
+    def set_coulomb_method(
+        self, method: str, cutoff: float = 15.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+    ) -> None:
+        """Choose how the Coulomb energy beyond the short range of the network is summed.
+
+        Parameters
+        ----------
+        method : str
+            ``simple`` (all pairs; molecules only), ``dsf`` or ``ewald``.
+        cutoff : float
+            Of ``dsf``, Å.
+        dsf_alpha : float
+            Damping of ``dsf``, 1/Å.
+        ewald_accuracy : float
+            Relative size of the terms that ``ewald`` leaves out.
+
+        Raises
+        ------
+        ValueError
+            A model without Coulomb energy, an unknown method, values that make no sense.
+        """
+        if self.coulomb_method == "none":
+            raise ValueError("this model has no Coulomb energy beyond the network")
+        for module in self.model.outputs.values():
+            if hasattr(module, "set_method"):
+                module.set_method(method, cutoff, dsf_alpha, ewald_accuracy)
+        self.coulomb_method = method
+        self.update_ranges()
+
+    @torch.jit.export
+    def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
+        """Set the range of the D3 pairs (Å), and the fraction of it over which they are switched off."""
+        for module in self.model.outputs.values():
+            if hasattr(module, "set_cutoff"):
+                module.set_cutoff(cutoff, smoothing_fraction)
+        self.update_ranges()
+
+    def update_ranges(self) -> None:
+        """Take the long-range cutoffs from the readouts."""
+        self.cutoff_lr = 0.0
+        self.cutoff_lr_periodic = 0.0
+        for module in self.model.outputs.values():
+            if hasattr(module, "cutoff_lr"):
+                self.cutoff_lr = max(self.cutoff_lr, module.cutoff_lr)
+                self.cutoff_lr_periodic = max(self.cutoff_lr_periodic, module.cutoff_lr_periodic)
 
     def element_names(self, numbers: list[int]) -> str:
         """``[1, 35]`` -> ``"H (1), Br (35)"``."""
@@ -164,12 +341,14 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
 
 
 class JitModel:
-    """A compiled model in Python: call it with a batch, ask it for Hessians.
+    """A compiled model in Python: call it with a batch, ask it for second derivatives.
+
+    Everything works under ``torch.no_grad()`` and ``torch.inference_mode()``.
 
     Parameters
     ----------
     module : torch.jit.ScriptModule
-        The compiled model.
+        The compiled model; its options (`DeployableModel`) are attributes that may be set.
     metadata : dict
         What the file says about itself.
     """
@@ -178,20 +357,35 @@ class JitModel:
         self.module = module
         self.metadata = metadata
         self.cutoff = float(module.cutoff)
-        self.cutoff_lr = float(getattr(module, "cutoff_lr", self.cutoff))
         self.species: list[int] = list(getattr(module, "species", []))
+
+    @property
+    def cutoff_lr(self) -> float:
+        """Range of the long-range terms for molecules, Å."""
+        return float(getattr(self.module, "cutoff_lr", self.cutoff))
 
     def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Evaluate a batch, as `DeployableModel.forward`; its errors come as a ValueError of one line."""
-        # The optimising executor costs half a second in the first calls of a process and gains nothing later.
-        with torch.jit.optimized_execution(False):
-            try:
-                return self.module(data)
-            except torch.jit.Error as error:
-                message = str(error).strip().split("\n")[-1]
-                if "ValueError: " not in message:
-                    raise
-                raise ValueError(message.partition("ValueError: ")[2]) from error
+        if not torch.is_inference_mode_enabled():
+            return self._run(data)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run({key: value.clone() for key, value in data.items()})
+
+    def _run(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        with _errors_of_one_line():
+            return self.module(data)
+
+    def set_coulomb_method(
+        self, method: str, cutoff: float = 15.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+    ) -> None:
+        """Choose how long-range Coulomb energies are summed, see `DeployableModel.set_coulomb_method`."""
+        with _errors_of_one_line():
+            self.module.set_coulomb_method(method, cutoff, dsf_alpha, ewald_accuracy)
+
+    def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
+        """Set the range of D3 pairs, see `DeployableModel.set_dispersion_cutoff`."""
+        with _errors_of_one_line():
+            self.module.set_dispersion_cutoff(cutoff, smoothing_fraction)
 
     def hessian(self, data: dict[str, Tensor], method: str = "autograd", step: float = 5e-3) -> Tensor:
         """Second derivatives of the energy.
@@ -199,7 +393,8 @@ class JitModel:
         Parameters
         ----------
         data : dict
-            A dense batch (B, N, 3), or one molecule (N, 3); not periodic.
+            A dense batch of molecules (B, N, 3), or one molecule or crystal in any layout. Neighbour matrices of the
+            caller are not for second derivatives.
         method : str
             ``autograd``, or ``finite_difference``: central differences of the forces.
         step : float
@@ -213,48 +408,98 @@ class JitModel:
         Raises
         ------
         ValueError
-            Unknown method; a flat batch of several molecules.
+            Unknown method; a flat batch of several molecules, a batch of crystals.
         """
-        nbops.check_batch(data)
-        if "nbmat" in data or "cell" in data:
-            raise ValueError("hessian takes molecules without a cell and without neighbour matrices")
-        if data["coord"].dim() == 2:
-            if "mol_idx" in data and data["mol_idx"].unique().numel() > 1:
-                raise ValueError("hessian needs a dense batch (B, N, 3), or one molecule (N, 3)")
-            single = {key: data[key].unsqueeze(0) for key in ("coord", "numbers")}
-            for key in ("charge", "mult"):
-                if key in data:
-                    single[key] = data[key].reshape(1)
-            return self.hessian(single, method, step)[0]
+        _check_second_derivatives(data)
         if method == "autograd":
             hessian = self._hessian_autograd(data)
         elif method == "finite_difference":
             hessian = self._hessian_differences(data, step)
         else:
             raise ValueError(f"hessian method {method!r} is not one of autograd, finite_difference")
-        return 0.5 * (hessian + hessian.permute(0, 3, 4, 1, 2))
+        axes = (3, 4, 1, 2) if hessian.dim() == 5 else (2, 3, 0, 1)
+        return 0.5 * (hessian + hessian.permute(*range(hessian.dim() - 4), *axes))
+
+    def hessian_vector_product(self, data: dict[str, Tensor], vector: Tensor) -> Tensor:
+        """Product of the second derivatives of the energy with a vector, at the cost of a few evaluations.
+
+        Parameters
+        ----------
+        data : dict
+            A batch in any layout, without neighbour matrices of the caller's.
+        vector : Tensor
+            Shape of ``coord``, for instance displacements in Å.
+
+        Returns
+        -------
+        Tensor
+            Shape of ``coord``; eV/Å² times the unit of ``vector``.
+        """
+        if "nbmat" in data:
+            raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
+        if vector.shape != data["coord"].shape:
+            raise ValueError(f"vector has shape {list(vector.shape)}, coord {list(data['coord'].shape)}")
+        with torch.inference_mode(False), torch.enable_grad():
+            coord, forces = self._forces_with_graph(data)
+            (product,) = torch.autograd.grad(forces, coord, -vector.clone().to(forces))
+        return product
+
+    def _forces_with_graph(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        data = {key: value.detach().clone() for key, value in data.items()}
+        coord = data["coord"].requires_grad_(True)
+        return coord, self._run(data)["forces"]
 
     def _hessian_autograd(self, data: dict[str, Tensor]) -> Tensor:
-        n_mol, n_atoms = data["numbers"].shape
+        n_atoms = data["coord"].shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
-            coord = data["coord"].detach().clone().requires_grad_(True)
-            forces = self({**data, "coord": coord})["forces"]
+            coord, forces = self._forces_with_graph(data)
+            size = 3 * n_atoms
+            unit = torch.eye(size, dtype=forces.dtype, device=forces.device).view(size, n_atoms, 3)
             rows = [
-                torch.autograd.grad(-forces[:, i, k].sum(), coord, retain_graph=True)[0]
-                for i in range(n_atoms)
-                for k in range(3)
+                torch.autograd.grad(forces, coord, -vectors, retain_graph=True, is_grads_batched=True)[0]
+                for chunk in unit.split(max(1, ROWS_TIMES_ATOMS // n_atoms))
+                for vectors in [chunk if coord.dim() == 2 else chunk.unsqueeze(1).expand(-1, *coord.shape)]
             ]
-        return torch.stack(rows, dim=1).view(n_mol, n_atoms, 3, n_atoms, 3)
+        # The first axis is the component that is differentiated: of all molecules of a batch at a time.
+        hessian = torch.cat(rows).view(n_atoms, 3, *coord.shape)
+        return hessian if coord.dim() == 2 else hessian.movedim(2, 0)
 
     def _hessian_differences(self, data: dict[str, Tensor], step: float) -> Tensor:
-        n_mol, n_atoms = data["numbers"].shape
+        n_atoms = data["coord"].shape[-2]
         rows = []
         for i in range(n_atoms):
             for k in range(3):
                 forces = []
                 for sign in (1.0, -1.0):
                     coord = data["coord"].detach().clone()
-                    coord[:, i, k] += sign * step
+                    coord[..., i, k] += sign * step
                     forces.append(self({**data, "coord": coord})["forces"])
                 rows.append((forces[1] - forces[0]) / (2.0 * step))
-        return torch.stack(rows, dim=1).view(n_mol, n_atoms, 3, n_atoms, 3)
+        hessian = torch.stack(rows, dim=-3)
+        return hessian.view(*hessian.shape[:-3], n_atoms, 3, n_atoms, 3)
+
+
+def _check_second_derivatives(data: dict[str, Tensor]) -> None:
+    nbops.check_batch(data)
+    if "nbmat" in data:
+        raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
+    if nbops.is_flat(data) and nbops.count_molecules(data) > 1:
+        raise ValueError("hessian needs a dense batch (B, N, 3), or one molecule (N, 3)")
+    if "cell" in data and nbops.count_molecules(data) > 1:
+        raise ValueError("the Hessian of a crystal is computed for one at a time")
+
+
+@contextmanager
+def _errors_of_one_line() -> Iterator[None]:
+    """Turn errors of TorchScript into those of Python, and do without its optimising executor.
+
+    That one costs half a second in the first calls of a process and gains nothing later.
+    """
+    with torch.jit.optimized_execution(False):
+        try:
+            yield
+        except torch.jit.Error as error:
+            message = str(error).strip().split("\n")[-1]
+            if "ValueError: " not in message:
+                raise
+            raise ValueError(message.partition("ValueError: ")[2]) from error
