@@ -56,7 +56,7 @@ class CombinedModel(nn.Module):
         Elements that at least one fidelity knows.
     cutoff, cutoff_lr : float
         Largest of those of the fidelities, Å.
-    compute_stress, compute_hessian : bool
+    compute_stress, compute_hessian, check_spin, dense_limit
         As in `DeployableModel`, for all fidelities; may be set.
     """
 
@@ -76,11 +76,8 @@ class CombinedModel(nn.Module):
         self.cutoff = max(model.cutoff for model in models)
         self.cutoff_lr = max(model.cutoff_lr for model in models)
         self.cutoff_lr_periodic = max(model.cutoff_lr_periodic for model in models)
-        self.compute_stress = bool(getattr(models[0], "compute_stress", False))
-        self.compute_hessian = bool(getattr(models[0], "compute_hessian", False))
-        for model in models:
-            model.compute_stress = self.compute_stress  # type: ignore[assignment]  # nn.Module says Tensor | Module
-            model.compute_hessian = self.compute_hessian  # type: ignore[assignment]
+        self.compute_stress, self.compute_hessian = models[0].compute_stress, models[0].compute_hessian
+        self.check_spin, self.dense_limit = models[0].check_spin, models[0].dense_limit
         self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind in ("atom", "pair")]
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +113,7 @@ class CombinedModel(nn.Module):
         if fidelity.shape[0] not in [1, n_mol]:
             raise ValueError(f"fidelity has {fidelity.shape[0]} entries for {n_mol} molecules: one, or one for each")
         # Which parts are to run can only be decided here: one wait for the device.
-        present: list[int] = torch.unique(fidelity).tolist()
+        present: list[int] = torch.unique(fidelity.long()).tolist()
         for f in present:
             if f < 0 or f >= len(self.fidelity_names):
                 raise ValueError(f"fidelity {f} is unknown: {self.known()}")
@@ -126,8 +123,45 @@ class CombinedModel(nn.Module):
             return self.evaluate(inputs, self.default_fidelity)
         return self.evaluate_mixed(inputs, fidelity.to(inputs["coord"].device), present)
 
+    @torch.jit.export
+    def set_coulomb_method(
+        self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+    ) -> None:
+        """Choose how the Coulomb energy is summed, in all fidelities that have one; as in `DeployableModel`.
+
+        Raises
+        ------
+        ValueError
+            No fidelity has a Coulomb energy, or as in `DeployableModel`.
+        """
+        found = False
+        for model in self.models:
+            if model.coulomb_method != "none":
+                model.set_coulomb_method(method, cutoff, dsf_alpha, ewald_accuracy)  # type: ignore[operator]
+                found = True
+        if not found:
+            raise ValueError("this model has no Coulomb energy beyond the network")
+        self.update_ranges()
+
+    @torch.jit.export
+    def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
+        """Set the range of the D3 pairs of all fidelities; as in `DeployableModel`."""
+        for model in self.models:
+            model.set_dispersion_cutoff(cutoff, smoothing_fraction)  # type: ignore[operator]
+        self.update_ranges()
+
+    def update_ranges(self) -> None:
+        """Take the largest long-range cutoffs of the fidelities."""
+        molecules: list[float] = []
+        crystals: list[float] = []
+        for model in self.models:
+            molecules.append(model.cutoff_lr)  # type: ignore[arg-type]
+            crystals.append(model.cutoff_lr_periodic)  # type: ignore[arg-type]
+        self.cutoff_lr = max(molecules)
+        self.cutoff_lr_periodic = max(crystals)
+
     def known(self) -> str:
-        """``the model has 0 (dft), 1 (xtb)``."""
+        """``the model has the fidelities 0 (dft), 1 (xtb)``."""
         names: list[str] = []
         for f, name in enumerate(self.fidelity_names):
             names.append(f"{f} ({name})")
@@ -138,9 +172,11 @@ class CombinedModel(nn.Module):
         out: dict[str, Tensor] = {}
         for f, model in enumerate(self.models):
             if f == fidelity:
-                # What was set for all holds for the part.
+                # What was set for all holds for the part (nn.Module says that attributes are tensors or modules).
                 model.compute_stress = self.compute_stress  # type: ignore[assignment]
                 model.compute_hessian = self.compute_hessian  # type: ignore[assignment]
+                model.check_spin = self.check_spin  # type: ignore[assignment]
+                model.dense_limit = self.dense_limit  # type: ignore[assignment]
                 out = model(data)
         return out
 

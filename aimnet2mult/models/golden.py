@@ -74,10 +74,11 @@ GRID = 1.0 / 1024.0
 """Å; positions are multiples of it, which single precision holds exactly."""
 
 Case = dict[str, Any]
-"""``name``, ``inputs``: key -> nested lists, and ``outputs``: precision -> key -> nested lists."""
+"""``name``, ``inputs``: key -> nested lists, ``options``: attribute of the model -> value while it is evaluated, and
+``outputs``: precision -> key -> nested lists."""
 
 Model = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""A batch in, results out."""
+"""A batch in, results out: `DeployableModel`, `CombinedModel`, or one of them loaded, `JitModel`."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,8 +189,8 @@ def make_cases(species: Sequence[int], open_shell: bool, periodic: bool, title: 
     Returns
     -------
     list of dict
-        Cases without outputs: molecules (a padded batch), ions (the same with charges), clusters (flat layout) and
-        a crystal (flat layout).
+        Cases without outputs: molecules (a padded batch), ions (the same with charges), clusters (flat layout), a
+        crystal (with stress) and a molecule with its Hessian.
     """
     rng = random.Random(0)
     deal = take_turns(sorted(species))
@@ -200,11 +201,20 @@ def make_cases(species: Sequence[int], open_shell: bool, periodic: bool, title: 
     extra = 2 if open_shell else 0
     ions = [(z, q, multiplicity(z, q) + extra) for q, z in zip((1, -1), molecules[1:3], strict=True)]
     clusters = [(z, q, multiplicity(z, q)) for z, q in zip((deal(n) for n in CLUSTER_SIZES), (0, -1), strict=True)]
-    inputs = {"molecules": dense(neutral, rng), "ions": dense(ions, rng), "clusters": flat(clusters, rng)}
+    inputs = {
+        "molecules": dense(neutral, rng),
+        "ions": dense(ions, rng),
+        "clusters": flat(clusters, rng),
+        "Hessian": dense(neutral[1:2], rng),
+    }
     if periodic:
         inputs["crystal"] = crystal(deal(CRYSTAL_SIZE), rng)
     prefix = f"{title} " if title else ""
-    return [{"name": prefix + name, "inputs": values} for name, values in inputs.items()]
+    return [{"name": prefix + name, "inputs": values, "options": _options(name)} for name, values in inputs.items()]
+
+
+def _options(name: str) -> dict[str, bool]:
+    return {"compute_stress": name == "crystal", "compute_hessian": name == "Hessian"}
 
 
 def case_in_all_fidelities(species: Sequence[Sequence[int]]) -> list[Case]:
@@ -221,7 +231,8 @@ def case_in_all_fidelities(species: Sequence[Sequence[int]]) -> list[Case]:
     numbers = take_turns(common)(MOLECULE_SIZES[-1])
     one = dense([(numbers, 0, multiplicity(numbers, 0))], random.Random(1))
     repeated = {key: value * len(species) for key, value in one.items()}
-    return [{"name": "all fidelities", "inputs": {**repeated, "fidelity": list(range(len(species)))}}]
+    inputs = {**repeated, "fidelity": list(range(len(species)))}
+    return [{"name": "all fidelities", "inputs": inputs, "options": _options("")}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,20 +247,21 @@ def batch(inputs: Mapping[str, Any], dtype: torch.dtype, device: str | torch.dev
 
 
 def evaluate(model: Model, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Results of a model for a case, float64, those of `QUANTITIES` that it has.
+    """Results of a model for a case, float64 on the CPU, those of `QUANTITIES` that it has.
 
-    Raises
-    ------
-    ValueError
-        A result is not finite.
+    Options of the model are left as they were.
     """
-    with torch.no_grad():
-        out = model(batch(case["inputs"], dtype, device))
-    results = {key: out[key].to("cpu", torch.float64) for key in QUANTITIES if key in out}
-    for key, value in results.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"golden case {case['name']}: {key} in {str(dtype)[6:]} holds NaN or infinite values")
-    return results
+    module = getattr(model, "module", model)
+    before = {key: getattr(module, key) for key in case["options"]}
+    try:
+        for key, value in case["options"].items():
+            setattr(module, key, value)
+        with torch.no_grad():
+            out = model(batch(case["inputs"], dtype, device))
+    finally:
+        for key, value in before.items():
+            setattr(module, key, value)
+    return {key: out[key].to("cpu", torch.float64) for key in QUANTITIES if key in out}
 
 
 def golden(cases: Sequence[Case], single: Model, double: Model) -> dict[str, Any]:
@@ -271,6 +283,10 @@ def golden(cases: Sequence[Case], single: Model, double: Model) -> dict[str, Any
     done = []
     for case in cases:
         outputs = {name: evaluate(models[name], case, dtype) for name, dtype in PRECISIONS.items()}
+        for name, results in outputs.items():
+            for key, value in results.items():
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"golden case {case['name']}: {key} in {name} holds NaN or infinite values")
         plain = {name: {key: x.tolist() for key, x in results.items()} for name, results in outputs.items()}
         done.append({**case, "outputs": plain})
     return {"version": GOLDEN_VERSION, "cases": done}
@@ -368,10 +384,9 @@ def compare(
     found = []
     for case in content["cases"]:
         expected = _expected(case, precision)
-        with torch.no_grad():
-            out = model(batch(case["inputs"], PRECISIONS[precision], device))
+        results = evaluate(model, case, PRECISIONS[precision], device)
         for key, value in expected.items():
-            difference = _distance(value, out[key].to("cpu", torch.float64) if key in out else None)
+            difference = _distance(value, results.get(key))
             if tolerance is not None:
                 allowed = tolerance
             elif precision == "float32":

@@ -324,6 +324,7 @@ def choose_coulomb_method(network: AIMNet2, coulomb: Coulomb | None, title: str)
 
 
 def _coulomb_settings(module: LRCoulomb) -> dict[str, Any]:
+    """Describe how the Coulomb energy is summed; the cutoff of ``ewald`` is None if it is chosen for each system."""
     settings: dict[str, Any] = {
         "method": module.method,
         "short_range": round(float(module.rc), 6),
@@ -332,7 +333,7 @@ def _coulomb_settings(module: LRCoulomb) -> dict[str, Any]:
     if module.method == "dsf":
         settings |= {"cutoff": float(module.dsf_rc), "alpha": float(module.dsf_alpha)}
     elif module.method == "ewald":
-        settings |= {"cutoff": float(module.ewald_rc), "accuracy": float(module.ewald_accuracy)}
+        settings |= {"cutoff": float(module.ewald_rc) or None, "accuracy": float(module.ewald_accuracy)}
     return settings
 
 
