@@ -44,10 +44,8 @@ def exp_cutoff(d_ij: Tensor, rc: Tensor) -> Tensor:
     Tensor
         Weights in [0, 1], shape of ``d_ij``.
     """
-    inside = d_ij < rc
-    # Replace the argument, not the result: a masked 1/0 still has a NaN gradient.
-    x = torch.where(inside, d_ij / rc, torch.zeros_like(d_ij))
-    return torch.where(inside, torch.exp(1.0 - 1.0 / (1.0 - x * x)), torch.zeros_like(x))
+    # From 1 - (d/rc)² = 1/800 on, exp is zero even in float64; the bound keeps its derivatives finite.
+    return torch.exp(1.0 - (1.0 - (d_ij / rc).square()).clamp(min=1.0 / 800.0).reciprocal())
 
 
 def gaussian_basis(d_ij: Tensor, eta: Tensor, shifts: Tensor) -> Tensor:
@@ -104,6 +102,27 @@ def coulomb_kernel_dsf(d_ij: Tensor, rc: float, alpha: float) -> Tensor:
     slope = at_rc / rc + 2.0 * alpha / math.sqrt(math.pi) * math.exp(-((alpha * rc) ** 2)) / rc
     kernel = torch.erfc(alpha * d_ij) / d_ij - at_rc + slope * (d_ij - rc)
     return torch.where(d_ij < rc, kernel, torch.zeros_like(kernel))
+
+
+def coulomb_kernel_ewald(d_ij: Tensor, alpha: Tensor, width: float) -> Tensor:
+    """Real-space kernel of the Ewald sum, erfc(αd)/d inside d = w/α, zero beyond.
+
+    Parameters
+    ----------
+    d_ij : Tensor
+        Distances, any shape, Å, not zero.
+    alpha : Tensor
+        α, broadcasts against ``d_ij``, 1/Å.
+    width : float
+        w.
+
+    Returns
+    -------
+    Tensor
+        1/Å, shape of ``d_ij``.
+    """
+    x = alpha * d_ij
+    return torch.where(x < width, torch.erfc(x) / d_ij, torch.zeros_like(d_ij))
 
 
 def point_charge_dipole(q: Tensor, r: Tensor, data: dict[str, Tensor]) -> Tensor:
