@@ -171,7 +171,11 @@ def _coulomb(settings: Any) -> str:
         return "none"
     if isinstance(settings, str):  # files of version 1
         return settings
-    numbers = [f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if key != "method"]
+    numbers = [
+        f"{key.replace('_', ' ')} {'chosen for each system' if value is None else value}"
+        for key, value in settings.items()
+        if key != "method"
+    ]
     return f"{settings['method']} ({', '.join(numbers)})"
 
 
