@@ -12,7 +12,7 @@ term is not part of it. Parameters of functionals: `aimnet2mult.dispersion_param
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ COUNTING_RADIUS_BOHR_PER_PM = 4.0 / 3.0 * 0.01 / 0.529177210903
 
 SMALLEST_TS_DENOMINATOR = 1e-4
 """Lower bound of the denominator in the Tkatchenko-Scheffler combination rule, that of the AIMNet2 models."""
+
+BLOCK_PAIRS = 2**16
+"""Pairs in a block on a CPU: the arrays of a block stay in its cache."""
+
+BLOCK_PAIRS_GPU = 2**22
+"""Pairs in a block on a GPU, which wants few and large operations."""
+
+KEPT_PAIRS = 2**22
+"""Up to so many pairs, their distances are kept between sweeps over the pairs instead of computed again."""
 
 PUBLISHED_TABLES = ("c6ab", "cn_ref", "cnmax", "r4r2", "rcov")
 """Names under which AIMNet2 checkpoints carry copies of the D3 tables."""
@@ -122,19 +131,63 @@ def rational_damping_energy(
     Tensor
         Energies, shape of ``d_ij``, Hartree.
     """
-    r2 = d_ij.square()
-    r6 = r2 * r2 * r2
     r0_squared = (a1 * c8_ratio.sqrt() + a2).square()
     r0_6 = r0_squared * r0_squared * r0_squared
-    sixth = s6 / (r6 + r0_6)
-    eighth = s8 * c8_ratio / (r6 * r2 + r0_6 * r0_squared)
-    return -c6_ij * (sixth + eighth)
+    return -c6_ij * rational_damping(d_ij, r0_6, r0_6 * r0_squared, s6, s8 * c8_ratio)
+
+
+def rational_damping(d_ij: Tensor, r0_6: Tensor, r0_8: Tensor, s6: float, s8_ratio: Tensor) -> Tensor:
+    """The bracket of the module docstring, with what does not depend on the distance worked out before.
+
+    Parameters
+    ----------
+    d_ij : Tensor
+        Distances, any shape, Bohr.
+    r0_6, r0_8 : Tensor
+        R0⁶ and R0⁸, a0⁶ and a0⁸.
+    s6 : float
+        s6.
+    s8_ratio : Tensor
+        s8 times C8/C6, a0².
+
+    Returns
+    -------
+    Tensor
+        Shape of ``d_ij``, a0⁻⁶.
+    """
+    r2 = d_ij.square()
+    r4 = r2.square()
+    return s6 / (r4 * r2 + r0_6) + s8_ratio / (r4.square() + r0_8)
+
+
+def rational_damping_derivative(
+    d_ij: Tensor, r0_6: Tensor, r0_8: Tensor, s6: float, s8_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rational_damping` and its derivative by the distance, over the distance (a0⁻⁸). Keeps no graph.
+
+    Arrays made here are written into: most of the time goes into moving them.
+    """
+    r2 = d_ij.square()
+    r4 = r2.square()
+    sixth = torch.addcmul(r0_6, r4, r2).reciprocal_()
+    eighth = torch.addcmul(r0_8, r4, r4).reciprocal_()
+    scaled = s8_ratio * eighth
+    bracket = torch.add(scaled, sixth, alpha=s6)
+    slope = sixth.square_().mul_(-6.0 * s6)
+    return bracket, slope.addcmul_(scaled.mul_(eighth), r2, value=-8.0).mul_(r4)
 
 
 def quintic_switch(d_ij: Tensor, start: float, end: float) -> Tensor:
     """One up to ``start``, zero from ``end``, 1 - 10t³ + 15t⁴ - 6t⁵ between them; two continuous derivatives."""
     t = ((d_ij - start) / (end - start)).clamp(0.0, 1.0)
     return 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t)
+
+
+def quintic_switch_derivative(d_ij: Tensor, start: float, end: float) -> tuple[Tensor, Tensor]:
+    """`quintic_switch` and its derivative by the distance."""
+    t = ((d_ij - start) / (end - start)).clamp(0.0, 1.0)
+    slope = -30.0 / (end - start) * (t * (1.0 - t)).square()
+    return 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t), slope
 
 
 def tkatchenko_scheffler_c6(c6_i: Tensor, alpha_i: Tensor, c6_j: Tensor, alpha_j: Tensor, smallest: float) -> Tensor:
@@ -161,12 +214,110 @@ def tkatchenko_scheffler_c6(c6_i: Tensor, alpha_i: Tensor, c6_j: Tensor, alpha_j
 
 
 # --------------------------------------------------------------------------------------------------
+# pairs in blocks
+# --------------------------------------------------------------------------------------------------
+
+
+def atom_values(x: Tensor, index: Tensor) -> Tensor:
+    """Values of atoms (n,) at the places ``index`` of any shape."""
+    return x.index_select(0, index.flatten()).view(index.shape)
+
+
+def is_rectangle(block: nbops.PairBlock) -> bool:
+    """Tell whether all rows of the block meet all of its columns, each pair of atoms once and in one order."""
+    return block.i.dim() == 2 and block.weight == 1.0
+
+
+def kept_blocks(
+    data: dict[str, Tensor], pairs: nbops.LongRangePairs, block_pairs: int, most: int
+) -> list[nbops.PairBlock]:
+    """All blocks if they have no more than ``most`` pairs together, else none."""
+    blocks: list[nbops.PairBlock] = []
+    if pairs.n_blocks * block_pairs <= most or pairs.n_blocks == 1:
+        for k in range(pairs.n_blocks):
+            blocks.append(nbops.pair_block(data, pairs, k))
+    return blocks
+
+
+def mask_within(block: nbops.PairBlock, cutoff: float, searched: float) -> Tensor:
+    """One for the pairs closer than ``cutoff``, of those closer than ``searched`` (Å), else zero, dtype of ``d_ij``.
+
+    A factor costs a quarter of what filling by a mask does, and the functions here are finite for masked pairs.
+    """
+    mask = block.mask & (block.d_ij < cutoff) if cutoff < searched else block.mask
+    return mask.to(block.d_ij.dtype)
+
+
+def sum_over_j(x_ij: Tensor, block: nbops.PairBlock, n_atoms: int) -> Tensor:
+    """Sum for each atom i of a block, (n_atoms,) float64; ``x_ij`` must be zero where there is no pair."""
+    rows = x_ij.sum(dim=-1, dtype=torch.float64) if x_ij.dim() > 1 else x_ij.double()
+    if x_ij.dim() == 3:
+        return rows.flatten()
+    return torch.zeros([n_atoms], dtype=torch.float64, device=x_ij.device).index_add(0, block.i.flatten(), rows)
+
+
+def sum_over_i(x_ij: Tensor, block: nbops.PairBlock, n_atoms: int) -> Tensor:
+    """Sum for each atom j of a rectangle or a list, as `sum_over_j`."""
+    columns = x_ij.sum(dim=0, dtype=torch.float64) if x_ij.dim() == 2 else x_ij.double()
+    return torch.zeros([n_atoms], dtype=torch.float64, device=x_ij.device).index_add(0, block.j.flatten(), columns)
+
+
+def pair_gradient(along: Tensor, block: nbops.PairBlock, coord: Tensor) -> Tensor:
+    """Derivative by the positions of the sum of a function of the distances.
+
+    Parameters
+    ----------
+    along : Tensor
+        Derivative of the function over the distance; zero where there is no pair.
+    block : PairBlock
+        The pairs.
+    coord : Tensor
+        (n, 3) positions.
+
+    Returns
+    -------
+    Tensor
+        (n, 3) float64.
+    """
+    total = torch.zeros_like(coord, dtype=torch.float64)
+    if is_rectangle(block):
+        # Σ_j t_ij (x_j - x_i) as matrix products, with the origin in the middle of the rows to lose no digits.
+        x_i, x_j = coord.index_select(0, block.i.flatten()), coord.index_select(0, block.j.flatten())
+        origin = x_i.mean(dim=0, keepdim=True)
+        x_i, x_j = x_i - origin, x_j - origin
+        of_i = x_i * along.sum(dim=1, keepdim=True) - along @ x_j
+        of_j = x_j * along.sum(dim=0).unsqueeze(1) - along.t() @ x_i
+        return total.index_add(0, block.i.flatten(), of_i.double()).index_add(0, block.j.flatten(), of_j.double())
+    vector = along * block.r_ij
+    if block.i.dim() == 1:
+        vector = vector.double()
+        by_axis = total.t().contiguous()
+        return by_axis.index_add(1, block.j, vector).index_add(1, block.i, vector, alpha=-1.0).t()
+    of_i = -vector.sum(dim=-1, dtype=torch.float64).flatten(1).t()
+    return of_i if block.i.dim() == 3 else total.index_add(0, block.i.flatten(), of_i)
+
+
+def pair_virial(along: Tensor, block: nbops.PairBlock, data: dict[str, Tensor]) -> Tensor:
+    """Σ r_ij (dE/dr_ij)ᵀ of the pairs of a flat batch, (B, 3, 3) float64; see `pair_gradient`."""
+    n_mol = nbops.n_molecules(data)
+    r_ij = block.r_ij.flatten(1)
+    weighted = block.weight * (along * block.r_ij).flatten(1)
+    if n_mol == 1:
+        return (weighted.double() @ r_ij.double().t()).unsqueeze(0)
+    molecule = data["mol_idx"].index_select(0, block.i.flatten()).view(block.i.shape)
+    molecule = molecule.expand(along.shape).flatten()
+    products = (weighted.unsqueeze(1) * r_ij.unsqueeze(0)).double().flatten(0, 1)
+    total = torch.zeros([9, n_mol], dtype=torch.float64, device=along.device).index_add(1, molecule, products)
+    return total.t().view(n_mol, 3, 3)
+
+
+# --------------------------------------------------------------------------------------------------
 # modules
 # --------------------------------------------------------------------------------------------------
 
 
 class RationalDispersion(nn.Module):
-    """What the two dispersion modules share: damping parameters, <r⁴>/<r²>, and adding up pair energies.
+    """What the two dispersion modules share: damping parameters, <r⁴>/<r²>, and adding up energies.
 
     The reference tables are integers (fixed decimals), so that casting the module to another floating-point type
     does not touch them; they are not part of state dictionaries, and copies of them in AIMNet2 checkpoints are
@@ -191,6 +342,7 @@ class RationalDispersion(nn.Module):
         self.bohr = BOHR_ANGSTROM
         self.hartree = HARTREE_EV
         self.decimals = DECIMALS
+        self.block_pairs, self.block_pairs_gpu = BLOCK_PAIRS, BLOCK_PAIRS_GPU
         self.register_buffer("r4r2", r4r2, persistent=False)
         self.max_element = r4r2.shape[0] - 1
         self.elements = list(range(1, self.max_element + 1))
@@ -200,31 +352,154 @@ class RationalDispersion(nn.Module):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def c8_ratio(self, data: dict[str, Tensor]) -> Tensor:
-        """3 q_i q_j of the long-range pairs, a0², dtype of ``coord``."""
-        r4r2 = self.r4r2.to(data["coord"].dtype) / self.decimals
-        z = torch.arange(r4r2.shape[0], dtype=r4r2.dtype, device=r4r2.device)
-        q = (0.5 * z.sqrt() * r4r2).sqrt()[data["numbers"]]
-        return 3.0 * nbops.center(q, data) * nbops.neighbors(q, data, "_lr")
+    def search(self, data: dict[str, Tensor], cutoff: float) -> nbops.LongRangePairs:
+        """Prepare the pairs closer than ``cutoff`` (Å) in blocks that suit the cache of a CPU, or a GPU."""
+        gpu = data["coord"].is_cuda
+        return nbops.long_range_pairs(data, cutoff, self.block_pairs_gpu if gpu else self.block_pairs)
 
-    def add_pair_energies(self, e_ij: Tensor, mask: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add half of the sum over ordered pairs, given in Hartree, to ``key_out``, in eV."""
-        energy = 0.5 * self.hartree * nbops.mol_sum(nbops.neighbor_sum(e_ij, mask), data)
-        if self.key_out in data:
-            energy = data[self.key_out] + energy
-        data[self.key_out] = energy
+    def r4r2_charge(self) -> Tensor:
+        """Return q of each atomic number, (Z + 1,) float64, a0: C8/C6 of a pair is 3 q_i q_j."""
+        r4r2 = self.r4r2.double() / self.decimals
+        z = torch.arange(r4r2.shape[0], dtype=r4r2.dtype, device=r4r2.device)
+        return (0.5 * z.sqrt() * r4r2).sqrt()
+
+    def add_energy(self, energy: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add an energy (B,), eV, to ``key_out``."""
+        data[self.key_out] = data[self.key_out] + energy if self.key_out in data else energy
         return data
 
 
+class References(NamedTuple):
+    """The references of some elements, which stand in one row of K columns, sorted by element.
+
+    The last column belongs to no reference; its C6 are zero. With it, each of the E elements has the same number S of
+    columns. The first element is padding (Z = 0), the reference of which has no dispersion.
+
+    Attributes
+    ----------
+    place
+        (Z + 1,) int64: place of an element among the E; -1 if it is none of them.
+    columns
+        (E, S) int64: columns of the references of an element.
+    cn
+        (E, S) int32: their coordination numbers, in 1/`DECIMALS`.
+    c6
+        (K, K) int32: C6 of two references, Eh·a0⁶ in 1/`DECIMALS`.
+    element
+        (E,) int64: atomic numbers.
+    """
+
+    place: Tensor
+    columns: Tensor
+    cn: Tensor
+    c6: Tensor
+    element: Tensor
+
+
+class PairConstants(NamedTuple):
+    """What the damping of a pair is made of, by elements.
+
+    Attributes
+    ----------
+    tables
+        Three of (E, E): R0⁶, R0⁸ and s8 times C8/C6, a0⁶, a0⁸ and a0².
+    place
+        (n,) int64: element of each atom of the flattened batch, as a place among the E.
+    member
+        (n, E): one where the atom is of the element, else zero.
+    """
+
+    tables: list[Tensor]
+    place: Tensor
+    member: Tensor
+
+
+class AtomWeights(NamedTuple):
+    """What C6 = W C6_ref Wᵀ is made of, for the n atoms of a flattened batch; or the same with other numbers for W.
+
+    Attributes
+    ----------
+    place
+        (n,) int64: element, as a place among the E.
+    own
+        (S, n): weights of the references of the atom's element.
+    row
+        (n, K): the weights, in the columns where they belong.
+    averaged
+        (n, K): C6 of the atom with each reference, the average over its own, Eh·a0⁶.
+    grouped
+        (S, n·E): the same by elements; column n·E + e belongs to atom n and element e. Flat layout only.
+    """
+
+    place: Tensor
+    own: Tensor
+    row: Tensor
+    averaged: Tensor
+    grouped: Tensor
+
+
+class Derivatives(NamedTuple):
+    """Energy of a batch and its first derivatives, all float64.
+
+    Attributes
+    ----------
+    energy
+        (B,) eV.
+    coord
+        (n, 3) derivative by the positions of the flattened batch, eV/Å.
+    virial
+        (B, 3, 3) Σ over pairs of r_ij (dE/dr_ij)ᵀ, eV; (0, 3, 3) if nobody asked for it.
+    """
+
+    energy: Tensor
+    coord: Tensor
+    virial: Tensor
+
+
+def element_pairs(x: PairConstants, block: nbops.PairBlock) -> list[Tensor]:
+    """Values of the three tables for the pairs of a block."""
+    out: list[Tensor] = []
+    if block.i.dim() < 3 and not is_rectangle(block):
+        pair = atom_values(x.place, block.i) * x.member.shape[1] + atom_values(x.place, block.j)
+        for table in x.tables:
+            out.append(atom_values(table.flatten(), pair))
+        return out
+    # A matrix product with zeros and ones is quicker than look-ups.
+    of_i, of_j = x.place[block.i.squeeze(-1)], x.member[block.j.squeeze(-2)].transpose(-1, -2)
+    for table in x.tables:
+        out.append(table[of_i] @ of_j)
+    return out
+
+
+def pair_products(x: AtomWeights, y: AtomWeights, block: nbops.PairBlock, back: bool) -> Tensor:
+    """x_i C6_ref y_jᵀ of the pairs of a block; with ``back`` (rectangles and lists) x_j C6_ref y_iᵀ."""
+    if block.i.dim() == 3:
+        shape = [block.i.shape[0], block.i.shape[1], -1]
+        return x.averaged.view(shape) @ y.row.view(shape).transpose(1, 2)
+    if is_rectangle(block):
+        i, j = block.i.flatten(), block.j.flatten()
+        if back:
+            return y.row.index_select(0, i) @ x.averaged.index_select(0, j).t()
+        return x.averaged.index_select(0, i) @ y.row.index_select(0, j).t()
+    a, b = (block.j, block.i) if back else (block.i, block.j)
+    n_elements = x.grouped.shape[1] // x.place.shape[0]
+    column = a * n_elements + atom_values(y.place, b)
+    total = atom_values(x.grouped[0], column) * atom_values(y.own[0], b)
+    for s in range(1, y.own.shape[0]):
+        total = torch.addcmul(total, atom_values(x.grouped[s], column), atom_values(y.own[s], b))
+    return total
+
+
 class DFTD3(RationalDispersion):
-    """Add the two-body DFT-D3(BJ) energy to ``key_out``.
+    """Add the DFT-D3(BJ) energy to ``key_out``.
 
     S. Grimme, J. Antony, S. Ehrlich, H. Krieg, J. Chem. Phys. 132, 154104 (2010), doi:10.1063/1.3382344: C6 of a
     pair is the average of the C6 of its references, weighted by how near their coordination numbers are. The
     weights are products of one factor per atom, so with the references of all elements of the batch as columns,
     C6 = W C6_ref Wᵀ, two matrix products instead of a sum over 49 terms for each pair.
 
-    Arithmetic is in the dtype of ``coord``, sums over pairs and atoms in float64.
+    Arithmetic is in the dtype of ``coord``, sums over blocks of pairs and over atoms in float64. In flat layout no
+    more than a block of pairs is in memory where first derivatives are enough (`nbops.first_order`).
 
     Parameters
     ----------
@@ -244,13 +519,18 @@ class DFTD3(RationalDispersion):
     smoothing_on : float
         Distance at which switching begins, Å; not less than ``cutoff_lr`` for none.
     elements : list of int
-        Atomic numbers with reference data, 1 to 103.
+        Atomic numbers with reference data, 1 to 103, or those given to `set_species`.
     """
 
     c6: Tensor
     cn: Tensor
     element: Tensor
     radius: Tensor
+    fixed_place: Tensor
+    fixed_columns: Tensor
+    fixed_cn: Tensor
+    fixed_c6: Tensor
+    fixed_element: Tensor
     first_reference: list[int]
 
     def __init__(
@@ -276,17 +556,21 @@ class DFTD3(RationalDispersion):
         self.register_buffer("radius", tables["radius"], persistent=False)
         counts = torch.bincount(self.element, minlength=self.max_element + 1)
         self.first_reference = [0, *counts.cumsum(0).tolist()]
+        self.has_species = False
+        for name in References._fields:
+            self.register_buffer(f"fixed_{name}", torch.zeros(0, dtype=torch.int64), persistent=False)
 
         self.steepness = COUNTING_STEEPNESS
         self.exponent = WEIGHTING_FACTOR
         self.radius_unit = COUNTING_RADIUS_BOHR_PER_PM
         self.counting_cutoff = COUNTING_CUTOFF_BOHR * BOHR_ANGSTROM
+        self.kept_pairs = KEPT_PAIRS
         if cutoff is None:
             self.set_cutoff(PAIR_CUTOFF_BOHR * BOHR_ANGSTROM, 0.0)
         else:
             self.set_cutoff(cutoff, smoothing_fraction)
 
-    @torch.jit.unused
+    @torch.jit.export
     def set_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
         """Set the range of the pairs (Å) and the fraction of it, at its end, over which they are switched off.
 
@@ -303,96 +587,188 @@ class DFTD3(RationalDispersion):
         self.cutoff_lr_periodic = float(cutoff)
         self.smoothing_on = float(cutoff) * (1.0 - smoothing_fraction)
 
-    def references(self, numbers: Tensor) -> Tensor:
-        """Indices (K,) of the references of the elements in ``numbers``; padding has one of its own.
+    @torch.jit.unused
+    def set_species(self, species: list[int]) -> None:
+        """Fix the elements that will come, so that `forward` need not read which ones there are.
 
-        The elements are read from the device here, once per call.
+        Any other element then has the dispersion energy NaN: whoever knows the elements of the model refuses it first.
+
+        Parameters
+        ----------
+        species : list of int
+            Atomic numbers, in any order.
+
+        Raises
+        ------
+        ValueError
+            No element at all, or one without reference data.
+        """
+        elements = sorted(set(species))
+        if not elements or elements[0] < 1:
+            raise ValueError(f"species must be atomic numbers from 1 on, at least one, not {species}")
+        fixed = self.references([0, *elements])
+        for name, table in fixed._asdict().items():
+            setattr(self, f"fixed_{name}", table)
+        self.elements = elements
+        self.has_species = True
+
+    def references(self, elements: list[int]) -> References:
+        """Tables of these elements, sorted and with 0 (padding) among them.
 
         Raises
         ------
         ValueError
             An element without reference data.
         """
-        present: list[int] = torch.unique(numbers).tolist()
-        references: list[int] = []
-        for z in present:
+        index: list[int] = []
+        width = 0
+        for z in elements:
             if z < 0 or z > self.max_element:
                 raise ValueError(f"DFT-D3 has reference data for the elements 1 to {self.max_element}, not for {z}")
-            for k in range(self.first_reference[z], self.first_reference[z + 1]):
-                references.append(k)
-        return torch.tensor(references, dtype=torch.long, device=numbers.device)
+            first, end = self.first_reference[z], self.first_reference[z + 1]
+            width = max(width, end - first)
+            index.extend(list(range(first, end)))
+        place: list[int] = []
+        for _ in range(self.max_element + 1):
+            place.append(-1)
+        columns: list[int] = []
+        n_columns = 0
+        for k, z in enumerate(elements):
+            place[z] = k
+            count = self.first_reference[z + 1] - self.first_reference[z]
+            for s in range(width):
+                columns.append(n_columns + s if s < count else len(index))
+            n_columns += count
+        device = self.c6.device
+        kept = torch.tensor(index, dtype=torch.long, device=device)
+        columns_of = torch.tensor(columns, dtype=torch.long, device=device).view(-1, width)
+        c6 = torch.nn.functional.pad(self.c6[kept][:, kept], [0, 1, 0, 1])
+        cn = torch.nn.functional.pad(self.cn[kept], [0, 1])[columns_of]
+        places = torch.tensor(place, dtype=torch.long, device=device)
+        return References(places, columns_of, cn, c6, torch.tensor(elements, dtype=torch.long, device=device))
 
-    def counting_terms(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What each neighbour adds to the coordination number, the sum of covalent radii (Bohr), and who counts."""
-        d_ij, _, mask = nbops.pair_vectors(data, "_lr")
-        radius = (self.radius.to(d_ij.dtype) * self.radius_unit)[data["numbers"]]
-        radius_ij = nbops.center(radius, data) + nbops.neighbors(radius, data, "_lr")
-        count = counting_function(d_ij / self.bohr, radius_ij, self.steepness)
-        return count, radius_ij, mask & (d_ij < self.counting_cutoff)
+    def references_for(self, numbers: Tensor) -> References:
+        """Tables of the elements in a batch, which are read from the device here, unless they are fixed."""
+        if self.has_species:
+            return References(self.fixed_place, self.fixed_columns, self.fixed_cn, self.fixed_c6, self.fixed_element)
+        elements: list[int] = torch.unique(torch.nn.functional.pad(numbers.flatten(), [0, 1])).tolist()
+        return self.references(elements)
 
-    def coordination_numbers(self, data: dict[str, Tensor]) -> Tensor:
-        """Coordination number of each atom, (B, N) or (A,), dtype of ``coord``."""
-        count, _, counted = self.counting_terms(data)
-        return nbops.neighbor_sum(count, counted).to(count.dtype)
+    def counting_radius(self, data: dict[str, Tensor]) -> Tensor:
+        """Covalent radius of each atom of the flattened batch in the counting function, Å."""
+        radius = self.radius.to(data["coord"].dtype) * (self.radius_unit * self.bohr)
+        return radius[data["numbers"].flatten()]
 
-    def atomic_weights(self, data: dict[str, Tensor], index: Tensor, cn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights of the K references in each atom, and the tables that belong to the references.
+    def pair_constants(self, place: Tensor, tables: References, dtype: torch.dtype) -> PairConstants:
+        """What the damping of the pairs needs, for atoms whose elements stand at ``place``."""
+        q = self.r4r2_charge()[tables.element]
+        ratio = 3.0 * q.unsqueeze(1) * q
+        r0 = self.a1 * ratio.sqrt() + self.a2
+        member = torch.nn.functional.one_hot(place.clamp(min=0), q.shape[0]).to(dtype)
+        return PairConstants([(r0**6).to(dtype), (r0**8).to(dtype), (self.s8 * ratio).to(dtype)], place, member)
+
+    def counts(self, block: nbops.PairBlock, radius: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What the pairs of a block add to coordination numbers, the sums of their radii (Å), and which count."""
+        radius_ij = atom_values(radius, block.i) + atom_values(radius, block.j)
+        count = counting_function(block.d_ij, radius_ij, self.steepness)
+        return count, radius_ij, mask_within(block, self.counting_cutoff, cutoff)
+
+    def coordination_numbers(
+        self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, kept: list[nbops.PairBlock]
+    ) -> Tensor:
+        """Coordination number of each atom of the flattened batch, float64."""
+        radius = self.counting_radius(data)
+        cn = torch.zeros([data["numbers"].numel()], dtype=torch.float64, device=radius.device)
+        for k in range(pairs.n_blocks):
+            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            count, _, counted = self.counts(block, radius, pairs.cutoff)
+            count = count * counted
+            cn = cn + sum_over_j(count, block, cn.shape[0])
+            if block.weight == 1.0:
+                cn = cn + sum_over_i(count, block, cn.shape[0])
+        return cn
+
+    def reference_weights(self, cn: Tensor, place: Tensor, tables: References) -> tuple[Tensor, Tensor]:
+        """Weights (n, S) of the references in each atom, and their derivatives by the coordination numbers (n,)."""
+        # Of an element that is not among the fixed ones, nothing is known.
+        cn = cn.masked_fill(place < 0, math.nan).unsqueeze(1)
+        own_columns = tables.columns.index_select(0, place.clamp(min=0))
+        reference_cn = tables.cn.index_select(0, place.clamp(min=0)).to(cn.dtype) / self.decimals
+        own = reference_weights(cn, reference_cn, own_columns < tables.c6.shape[0] - 1, self.exponent)
+        exponent_slope = -2.0 * self.exponent * (cn - reference_cn)
+        return own, own * (exponent_slope - (own * exponent_slope).sum(dim=1, keepdim=True))
+
+    def in_columns(self, own: Tensor, place: Tensor, tables: References, flat: bool) -> AtomWeights:
+        """Weights (n, S), or their derivatives, with what is made of them."""
+        n_atoms, n_columns = own.shape[0], tables.c6.shape[0]
+        place = place.clamp(min=0)
+        own_columns = tables.columns.index_select(0, place)
+        row = torch.zeros([n_atoms, n_columns], dtype=own.dtype, device=own.device).scatter(1, own_columns, own)
+        averaged = row @ (tables.c6.to(own.dtype) / self.decimals)
+        grouped = averaged
+        if flat:
+            grouped = averaged.index_select(1, tables.columns.t().flatten())
+            grouped = grouped.view(n_atoms, own.shape[1], tables.columns.shape[0]).transpose(0, 1).flatten(1)
+        return AtomWeights(place, own.t().contiguous(), row, averaged, grouped)
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the dispersion energy.
 
         Parameters
         ----------
         data : dict
-            Internal batch.
-        index : Tensor
-            (K,) the references (`references`).
-        cn : Tensor
-            Coordination numbers, (B, N) or (A,).
+            Internal batch; ``numbers`` are plain atomic numbers.
 
         Returns
         -------
-        weights : Tensor
-            (B, N, K) or (A, K).
-        reference_cn : Tensor
-            (K,) coordination numbers of the references.
-        reference_c6 : Tensor
-            (K, K), Eh·a0⁶.
+        dict
+            ``data`` with ``key_out`` (B,) float64, eV.
         """
-        own = self.element[index] == data["numbers"].unsqueeze(-1)
-        reference_cn = self.cn[index].to(cn.dtype) / self.decimals
-        weights = reference_weights(cn.unsqueeze(-1), reference_cn, own, self.exponent)
-        return weights, reference_cn, self.c6[index][:, index].to(cn.dtype) / self.decimals
+        if nbops.first_order(data):
+            return self.add_energy(self.energy_with_first_derivatives(data), data)
+        tables = self.references_for(data["numbers"])
+        pairs = self.search(data, max(self.cutoff_lr, self.counting_cutoff))
+        kept = kept_blocks(data, pairs, self.block_pairs, self.kept_pairs)
+        cn = self.coordination_numbers(data, pairs, kept)
+        place = tables.place.index_select(0, data["numbers"].flatten())
+        own, _ = self.reference_weights(cn.to(data["coord"].dtype), place, tables)
+        atoms = self.in_columns(own, place, tables, nbops.is_flat(data))
+        constants = self.pair_constants(place, tables, data["coord"].dtype)
+        energy = torch.zeros_like(cn)
+        for k in range(pairs.n_blocks):
+            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            r0_6, r0_8, s8_ratio = element_pairs(constants, block)
+            bracket = rational_damping(block.d_ij / self.bohr, r0_6, r0_8, self.s6, s8_ratio)
+            e_ij = -pair_products(atoms, atoms, block, False) * bracket
+            if self.smoothing_on < self.cutoff_lr:
+                e_ij = e_ij * quintic_switch(block.d_ij, self.smoothing_on, self.cutoff_lr)
+            within = mask_within(block, self.cutoff_lr, pairs.cutoff)
+            energy = energy + block.weight * sum_over_j(e_ij * within, block, cn.shape[0])
+        return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
 
-    def pair_products(self, averaged: Tensor, weights: Tensor, data: dict[str, Tensor]) -> Tensor:
-        """Σ_k averaged_ik weights_jk of the long-range pairs: (B, N, K) -> (B, N, N), or (A, K) -> (A, M)."""
-        if not nbops.is_flat(data):
-            return averaged @ weights.transpose(-1, -2)
-        nbmat = data["nbmat_lr"]
-        if nbmat.shape[0] <= nbmat.shape[1] * weights.shape[1]:
-            # All atoms with all is the smaller array when most of them are neighbours.
-            return (averaged @ weights.t()).gather(1, nbmat)
-        return torch.bmm(weights[nbmat], averaged.unsqueeze(-1)).squeeze(-1)
-
-    def c6_coefficients(self, data: dict[str, Tensor]) -> Tensor:
-        """C6 of the long-range pairs, (B, N, N) or (A, M), Eh·a0⁶, dtype of ``coord``."""
-        index = self.references(data["numbers"])
-        weights, _, reference_c6 = self.atomic_weights(data, index, self.coordination_numbers(data))
-        return self.pair_products(weights @ reference_c6, weights, data)
+    def energy_with_first_derivatives(self, data: dict[str, Tensor]) -> Tensor:
+        """Energy (B,), eV, of a flat batch with its derivatives by ``coord`` and ``cell`` attached."""
+        result = self.derivatives(data)
+        energy = nbops.attach_gradient(result.energy, data["coord"], result.coord, data)
+        if result.virial.shape[0] > 0:
+            # Σ r_ij (dE/dr_ij)ᵀ = coordᵀ dE/dcoord + cellᵀ dE/dcell
+            moments = data["coord"].detach().double().unsqueeze(2) * result.coord.unsqueeze(1)
+            of_cell = result.virial - nbops.mol_sum(moments, data)
+            cell_gradient = torch.linalg.solve(data["cell"].detach().double().transpose(1, 2), of_cell)
+            energy = nbops.attach_cell_gradient(energy, data["cell"], cell_gradient)
+        return energy
 
     @torch.jit.unused
     def energy_and_forces(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Energy of this term alone and its forces, by the derivatives written out.
 
         For worker processes that read data: one that was forked from a process that trains on a GPU cannot
-        differentiate automatically. With w'_i the derivative of the weights by CN_i, and
-        G_i = ∂E/∂CN_i = -Σ_j (w'_i C6_ref w_jᵀ) g_ij, where g_ij is the bracket in the module docstring,
-
-            F_i = Σ_j [ -C6_ij dg_ij/dr + (G_i + G_j) df_ij/dr ] r_ij/d_ij,
-
-        f being the counting function. There is no switch at the cutoff.
+        differentiate automatically.
 
         Parameters
         ----------
         data : dict
-            Internal batch, as for `forward`; no cell.
+            Internal batch, as for `forward`.
 
         Returns
         -------
@@ -401,55 +777,77 @@ class DFTD3(RationalDispersion):
         forces : Tensor
             (B, N, 3) or (A, 3), eV/Å, dtype of ``coord``.
         """
-        assert self.smoothing_on >= self.cutoff_lr
-        index = self.references(data["numbers"])
-        d_ij, r_ij, mask = nbops.pair_vectors(data, "_lr")
-        within = mask & (d_ij < self.cutoff_lr)
-        r = d_ij / self.bohr
+        result = self.derivatives(data)
+        return result.energy, -result.coord.view(data["coord"].shape).to(data["coord"].dtype)
 
-        count, radius_ij, counted = self.counting_terms(data)
-        count_slope = (-self.steepness * radius_ij / r.square() * count * (1.0 - count)).masked_fill(~counted, 0.0)
-        cn = nbops.neighbor_sum(count, counted).to(r.dtype)
-        weights, reference_cn, reference_c6 = self.atomic_weights(data, index, cn)
-        exponent_slope = -2.0 * self.exponent * (cn.unsqueeze(-1) - reference_cn)
-        weight_slope = weights * (exponent_slope - (weights * exponent_slope).sum(-1, keepdim=True))
-        c6_ij = self.pair_products(weights @ reference_c6, weights, data)
-        c6_slope = self.pair_products(weight_slope @ reference_c6, weights, data)
+    def derivatives(self, data: dict[str, Tensor]) -> Derivatives:
+        """Energy and first derivatives, written out, with no more than a block of pairs in memory.
 
-        c8_ratio = self.c8_ratio(data)
-        r0_squared = (self.a1 * c8_ratio.sqrt() + self.a2).square()
-        r6, r0_6 = r**6, r0_squared**3
-        sixth, eighth = 1.0 / (r6 + r0_6), c8_ratio / (r6 * r.square() + r0_6 * r0_squared)
-        bracket = (self.s6 * sixth + self.s8 * eighth).masked_fill(~within, 0.0)
-        slope = -6.0 * self.s6 * r**5 * sixth.square() - 8.0 * self.s8 * r**7 * eighth.square() / c8_ratio
-        slope = slope.masked_fill(~within, 0.0)
+        With g_ij the bracket of the module docstring (times the switch) and V_i = Σ_j g_ij w_j, a row of K numbers,
 
-        energy = -0.5 * self.hartree * nbops.mol_sum(nbops.neighbor_sum(c6_ij * bracket, within), data)
-        cn_slope = -(c6_slope * bracket).sum(-1)
-        cn_slopes = nbops.center(cn_slope, data) + nbops.neighbors(cn_slope, data, "_lr")
-        along_pair = cn_slopes * count_slope - c6_ij * slope
-        forces = (along_pair.unsqueeze(-1) * (r_ij / d_ij.unsqueeze(-1))).sum(-2)
-        return energy, self.hartree / self.bohr * forces
+            E = -½ Σ_i w_i C6_ref V_iᵀ,    G_i = ∂E/∂CN_i = -w'_i C6_ref V_iᵀ,
+            ∂E/∂r_ij = -C6_ij dg_ij/dr + (G_i + G_j) df_ij/dr,
 
-    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the dispersion energy.
-
-        Parameters
-        ----------
-        data : dict
-            Internal batch; ``numbers`` are plain atomic numbers, pairs those of ``nbmat_lr`` or of the molecule.
-
-        Returns
-        -------
-        dict
-            ``data`` with ``key_out`` (B,) float64, eV.
+        w'_i being the derivative of the weights by the coordination number and f the counting function.
         """
-        d_ij, _, mask = nbops.pair_vectors(data, "_lr")
-        c6_ij = self.c6_coefficients(data)
-        e_ij = rational_damping_energy(d_ij / self.bohr, c6_ij, self.c8_ratio(data), self.s6, self.s8, self.a1, self.a2)
+        inner: dict[str, Tensor] = {}
+        for key, value in data.items():
+            inner[key] = value.detach()
+        with_virial = "cell" in data and data["cell"].requires_grad
+        coord = inner["coord"].reshape(-1, 3)
+        tables = self.references_for(inner["numbers"])
+        pairs = self.search(inner, max(self.cutoff_lr, self.counting_cutoff))
+        kept = kept_blocks(inner, pairs, self.block_pairs, self.kept_pairs)
+        radius = self.counting_radius(inner)
+        cn = self.coordination_numbers(inner, pairs, kept)
+        place = tables.place.index_select(0, inner["numbers"].flatten())
+        own, own_slope = self.reference_weights(cn.to(coord.dtype), place, tables)
+        weights = self.in_columns(own, place, tables, nbops.is_flat(data))
+        slopes = self.in_columns(own_slope, place, tables, nbops.is_flat(data))
+        constants = self.pair_constants(place, tables, coord.dtype)
+
+        n_atoms = coord.shape[0]
+        energy, cn_slope = torch.zeros_like(cn), torch.zeros_like(cn)
+        gradient = torch.zeros([n_atoms, 3], dtype=torch.float64, device=cn.device)
+        virial = torch.zeros([nbops.n_molecules(data) if with_virial else 0, 3, 3], dtype=cn.dtype, device=cn.device)
+        for k in range(pairs.n_blocks):
+            block = kept[k] if len(kept) > 0 else nbops.pair_block(inner, pairs, k)
+            bracket, slope = self.damped(block, constants, pairs.cutoff)
+            c6 = pair_products(weights, weights, block, False)
+            energy = energy - block.weight * sum_over_j(c6 * bracket, block, n_atoms)
+            cn_slope = cn_slope - sum_over_j(pair_products(slopes, weights, block, False) * bracket, block, n_atoms)
+            if block.weight == 1.0:
+                cn_slope = cn_slope - sum_over_i(pair_products(slopes, weights, block, True) * bracket, block, n_atoms)
+            along = slope * c6
+            gradient = gradient - pair_gradient(along, block, coord)
+            if with_virial:
+                virial = virial - pair_virial(along, block, inner)
+
+        cn_slopes = cn_slope.to(coord.dtype)
+        for k in range(pairs.n_blocks):
+            block = kept[k] if len(kept) > 0 else nbops.pair_block(inner, pairs, k)
+            count, radius_ij, counted = self.counts(block, radius, pairs.cutoff)
+            # df/dr = -k1 R/r² f (1 - f), and it is wanted over r.
+            along = (count - 1.0) * count * (self.steepness * radius_ij) / (block.d_ij * block.d_ij * block.d_ij)
+            along = along * counted
+            along = along * (atom_values(cn_slopes, block.i) + atom_values(cn_slopes, block.j))
+            gradient = gradient + pair_gradient(along, block, coord)
+            if with_virial:
+                virial = virial + pair_virial(along, block, inner)
+        energy = nbops.mol_sum(energy.view(data["numbers"].shape), data)
+        return Derivatives(self.hartree * energy, self.hartree * gradient, self.hartree * virial)
+
+    def damped(self, block: nbops.PairBlock, constants: PairConstants, cutoff: float) -> tuple[Tensor, Tensor]:
+        """The bracket g of the module docstring times the switch, and dg/dr / r, 1/Å²; zero for pairs that are none."""
+        within = mask_within(block, self.cutoff_lr, cutoff)
+        r0_6, r0_8, s8_ratio = element_pairs(constants, block)
+        bracket, slope = rational_damping_derivative(block.d_ij / self.bohr, r0_6, r0_8, self.s6, s8_ratio)
+        slope = slope * (within / self.bohr**2)
         if self.smoothing_on < self.cutoff_lr:
-            e_ij = e_ij * quintic_switch(d_ij, self.smoothing_on, self.cutoff_lr)
-        return self.add_pair_energies(e_ij, mask & (d_ij < self.cutoff_lr), data)
+            switch, switch_slope = quintic_switch_derivative(block.d_ij, self.smoothing_on, self.cutoff_lr)
+            slope = slope * switch + bracket * within * switch_slope / block.d_ij
+            bracket = bracket * switch
+        return bracket * within, slope
 
 
 class D3TS(RationalDispersion):
@@ -479,21 +877,67 @@ class D3TS(RationalDispersion):
         self.cutoff_lr_periodic = PAIR_CUTOFF_BOHR * BOHR_ANGSTROM
         self.smallest = SMALLEST_TS_DENOMINATOR
 
-    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the dispersion energy: ``key_out`` (B,) float64, eV."""
-        d_ij, _, mask = nbops.pair_vectors(data, "_lr")
-        c6, alpha = data[self.key_in].unbind(-1)
-        # Any polarizability does for padding, but zero, which would make the ratios of masked pairs infinite.
-        alpha = alpha.masked_fill(~nbops.real_atoms(data["numbers"]), 1.0)
+    def block_energy(
+        self, block: nbops.PairBlock, c6: Tensor, alpha: Tensor, q: Tensor, data: dict[str, Tensor]
+    ) -> Tensor:
+        """Energy of the pairs of a block, (B,), eV, from C6 and polarizabilities of the flattened batch."""
         c6_ij = tkatchenko_scheffler_c6(
-            nbops.center(c6, data),
-            nbops.center(alpha, data),
-            nbops.neighbors(c6, data, "_lr"),
-            nbops.neighbors(alpha, data, "_lr"),
+            atom_values(c6, block.i),
+            atom_values(alpha, block.i),
+            atom_values(c6, block.j),
+            atom_values(alpha, block.j),
             self.smallest,
         )
-        e_ij = rational_damping_energy(d_ij / self.bohr, c6_ij, self.c8_ratio(data), self.s6, self.s8, self.a1, self.a2)
-        return self.add_pair_energies(e_ij, mask, data)
+        ratio = 3.0 * atom_values(q, block.i) * atom_values(q, block.j)
+        e_ij = rational_damping_energy(block.d_ij / self.bohr, c6_ij, ratio, self.s6, self.s8, self.a1, self.a2)
+        return self.hartree * nbops.block_energy(e_ij, block, data)
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the dispersion energy: ``key_out`` (B,) float64, eV."""
+        pairs = self.search(data, self.cutoff_lr_periodic if "cell" in data else self.cutoff_lr)
+        q = self.r4r2_charge().to(data["coord"].dtype)[data["numbers"].flatten()]
+        if nbops.first_order(data):
+            return self.add_energy(self.energy_with_first_derivatives(data, pairs, q), data)
+        c6, alpha = self.atomic_values(data)
+        energy = torch.zeros([nbops.n_molecules(data)], dtype=torch.float64, device=c6.device)
+        for k in range(pairs.n_blocks):
+            energy = energy + self.block_energy(nbops.pair_block(data, pairs, k), c6, alpha, q, data)
+        return self.add_energy(energy, data)
+
+    def atomic_values(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """C6 and polarizability of each atom of the flattened batch."""
+        values = data[self.key_in].reshape(-1, 2)
+        # Any polarizability does for padding, but zero, which would make the ratios of masked pairs infinite.
+        padding = ~nbops.real_atoms(data["numbers"]).flatten()
+        return values[:, 0].contiguous(), values[:, 1].masked_fill(padding, 1.0)
+
+    def energy_with_first_derivatives(self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, q: Tensor) -> Tensor:
+        """Energy (B,), eV, of a flat batch, differentiated block by block, with the derivatives attached."""
+        inner: dict[str, Tensor] = {}
+        for key, value in data.items():
+            inner[key] = value
+        inner["coord"], inner[self.key_in] = nbops.leaf(data["coord"]), nbops.leaf(data[self.key_in])
+        inputs = [inner["coord"], inner[self.key_in]]
+        with_cell = "cell" in data and data["cell"].requires_grad
+        if with_cell:
+            inner["cell"] = nbops.leaf(data["cell"])
+            inputs.append(inner["cell"])
+        sums = [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
+        energy = torch.zeros([nbops.n_molecules(data)], dtype=torch.float64, device=q.device)
+        grad_mode = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        for k in range(pairs.n_blocks):
+            c6, alpha = self.atomic_values(inner)
+            part = self.block_energy(nbops.pair_block(inner, pairs, k), c6, alpha, q, inner)
+            energy = energy + part.detach()
+            found = nbops.gradients([part], inputs, [torch.ones_like(part)])
+            sums = [total + x for total, x in zip(sums, found)]  # noqa: B905 - TorchScript has no strict
+        torch.set_grad_enabled(grad_mode)
+        energy = nbops.attach_gradient(energy, data["coord"], sums[0], data)
+        energy = nbops.attach_gradient(energy, data[self.key_in], sums[1], data)
+        if with_cell:
+            energy = nbops.attach_cell_gradient(energy, data["cell"], sums[2])
+        return energy
 
 
 class DispParam(nn.Module):
