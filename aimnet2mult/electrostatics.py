@@ -113,12 +113,17 @@ class SRCoulomb(nn.Module):
             return ops.exp_cutoff(d_ij, rc)
         return ops.cosine_cutoff(d_ij, rc)
 
+    def neighbor_energy(self, kernel: Tensor, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
+        """½ Σ_i q_i Σ_j q_j K_ij over the pairs of the network (`nbops.pair_vectors`): (B,) float64, e²/Å."""
+        q = data[self.key_in]
+        potential = nbops.neighbor_sum(kernel * nbops.neighbors(q, data, ""), mask)
+        return 0.5 * nbops.mol_sum(q.double() * potential, data)
+
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Subtract from ``key_out``, or set it to minus the short-range energy."""
         d_ij, _, mask = nbops.pair_vectors(data, "")
-        q = data[self.key_in]
-        potential = nbops.neighbor_sum(self.envelope_weight(d_ij) / d_ij * nbops.neighbors(q, data, ""), mask)
-        energy = -0.5 * self.factor * nbops.mol_sum(q.double() * potential, data)
+        kernel = self.envelope_weight(d_ij) / d_ij
+        energy = -self.factor * self.neighbor_energy(kernel, mask, data)
         if self.key_out in data:
             energy = data[self.key_out] + energy
         data[self.key_out] = energy
@@ -281,10 +286,12 @@ class LRCoulomb(SRCoulomb):
             Width of the Ewald sum of each crystal (B,), 1/Å; of other terms empty.
         """
         if not nbops.is_flat(data):
-            block = nbops.pair_block(data, nbops.long_range_pairs(data, math.inf), 0)
-            kernel = self.kernel(block.d_ij, term, alpha)
-            kernel = kernel - self.kernel(block.d_ij, "short", alpha)
-            return nbops.block_energy(q.unsqueeze(2) * q.unsqueeze(1) * kernel, block, data)
+            d_ij, _, mask = nbops.pair_vectors(data, "")
+            if term == "simple":
+                kernel = (1.0 - self.envelope_weight(d_ij)) / d_ij
+            else:
+                kernel = self.kernel(d_ij, term, alpha) - self.envelope_weight(d_ij) / d_ij
+            return self.neighbor_energy(kernel, mask, data)
         pairs = nbops.long_range_pairs(data, cutoff)
         if nbops.first_order(data):
             return self._pair_energy_first_order(q, data, pairs, term, alpha)

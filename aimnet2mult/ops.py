@@ -100,7 +100,7 @@ def coulomb_kernel_dsf(d_ij: Tensor, rc: float, alpha: float) -> Tensor:
     """
     at_rc = math.erfc(alpha * rc) / rc
     slope = at_rc / rc + 2.0 * alpha / math.sqrt(math.pi) * math.exp(-((alpha * rc) ** 2)) / rc
-    kernel = torch.erfc(alpha * d_ij) / d_ij - at_rc + slope * (d_ij - rc)
+    kernel = torch.erfc(alpha * d_ij) / d_ij + (slope * d_ij - (at_rc + slope * rc))
     return torch.where(d_ij < rc, kernel, torch.zeros_like(kernel))
 
 
