@@ -1,4 +1,6 @@
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from click.testing import CliRunner
 from aimnet2mult.data.ledger import parse_dispersion
 from aimnet2mult.models.base import build_model, load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
-from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model, main
+from aimnet2mult.tools.compile_jit import choose_coulomb, choose_dispersion, compile_model, main
 from aimnet2mult.tools.compile_source import differing_key
 
 
@@ -415,3 +417,341 @@ def test_help_is_quick_and_loads_no_torch():
 
     code = "import sys, aimnet2mult.tools.compile_jit; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --------------------------------------------------------------------------------------------------
+# several fidelities
+# --------------------------------------------------------------------------------------------------
+
+
+def test_all_fidelities_each_with_its_own_dispersion(run, with_ledger, tmp_path):
+    result, files = run("--weights", with_ledger({"d3bj": "b3lyp"}, True), "--fidelity-level", "all")
+    assert result.exit_code == 0, result.output
+    assert files == ["model_fid0.jpt", "model_fid0_meta.yaml", "model_fid1.jpt", "model_fid1_meta.yaml"]
+    assert [line.rpartition("/")[2] for line in result.output.split()[-4:]] == files
+    methods = [load_jit_model(tmp_path / "out" / name).metadata["dispersion"]["method"] for name in files[::2]]
+    assert methods == ["d3bj", "none"]
+
+
+@pytest.mark.parametrize("how", [["--fidelity-level", "all"], ["--combined"]])
+def test_all_are_checked_before_any_is_written(run, with_ledger, how):
+    checkpoint = with_ledger("none")  # fidelity 1 has labels with D4
+    result, files = run("--weights", checkpoint, *how, "--dispersion", "d3bj", "--dispersion-functional", "pbe")
+    assert result.exit_code == 2
+    assert "the labels of fidelity 1 (xtb) contain D4 of gfn2" in result.output
+    assert files == []
+
+
+def test_combined_file(run, own_checkpoint, tmp_path):
+    result, files = run("--weights", own_checkpoint, "--combined", "--default-fidelity", "xtb")
+    assert result.exit_code == 0, result.output
+    assert files == ["model_all.jpt", "model_all_meta.yaml"]
+    model = load_jit_model(tmp_path / "out" / files[0])
+    assert model.metadata == yaml.safe_load((tmp_path / "out" / files[1]).read_text())
+    assert model.metadata["default_fidelity"] == model.module.default_fidelity == 1
+    water = {
+        "coord": torch.tensor([[[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]]]),
+        "numbers": torch.tensor([[8, 1, 1]]),
+    }
+    twice = {key: value.expand(2, *value.shape[1:]) for key, value in water.items()}
+    energies = model({**twice, "fidelity": torch.tensor([0, 1])})["energy"]
+    assert model(water)["energy"] == energies[1]
+    expected = (-2041.8 + 104.0) + 2 * (-13.6 + 10.7)
+    assert float(energies[0] - energies[1]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_energies_of_several_fidelities_from_files(run, fixtures_dir, sae_file, tmp_path):
+    weights = ["--weights", fixtures_dir / "ref_mixed.pt", "--model", fixtures_dir / "ref_mixed_model.yaml"]
+    other = tmp_path / "other.yaml"
+    other.write_text("1: -13.0\n")
+    given = ["--sae", f"0={sae_file}", "--sae", f"1={other}", "--sae", f"2={sae_file}"]
+    result, files = run(*weights, "--fidelity-level", "all", *given)
+    assert result.exit_code == 0, result.output
+    species = [load_jit_model(tmp_path / "out" / name).species for name in files[::2]]
+    assert species == [[1, 6, 7, 8, 9, 17], [1], [1, 6, 7, 8, 9, 17]]
+    for flags, message in [
+        (["--sae", sae_file], "one file for 3 fidelities; give one for each, as --sae NAME=FILE"),
+        (given[:2], "--sae: the checkpoint holds no self-atomic energies of fidelity 1"),
+        ([*given, "--sae", f"3={sae_file}"], "--sae 3: the checkpoint has the fidelities 0..2"),
+        ([*given, "--sae", f"0={sae_file}"], "a second file for 0"),
+        (["--sae", sae_file, "--sae", other], "of several fidelities, give each file as NAME=FILE"),
+    ]:
+        result, _ = run(*weights, "--fidelity-level", "all", *flags)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--combined", "--fidelity-level", "xtb"], "--combined holds all fidelities; leave out --fidelity-level xtb"),
+        (["--combined", "--default-fidelity", "ccsd"], "--default-fidelity ccsd: the checkpoint has the fidelities 0"),
+        (["--fidelity-level", 0, "--default-fidelity", 1], "--default-fidelity is for --combined"),
+        (["--fidelity-level", 0, "--dispersion-cutoff", 12], "without a correction: use --dispersion d3bj or d4"),
+        (["--fidelity-level", 0, "--coulomb", "pme"], "--coulomb pme is unknown; known: simple, dsf, ewald"),
+        (["--fidelity-level", 0, "--coulomb-cutoff", 12], "--coulomb-cutoff: say for which method"),
+        (["--fidelity-level", 0, "--coulomb", "simple", "--coulomb-cutoff", 12], "is for --coulomb dsf and ewald"),
+        (["--fidelity-level", 0, "--coulomb", "ewald", "--dsf-alpha", 0.2], "--dsf-alpha is for --coulomb dsf, not"),
+        (["--fidelity-level", 0, "--coulomb", "dsf", "--coulomb-cutoff", -1], "--coulomb-cutoff -1.0: expected a pos"),
+        (["--fidelity-level", 0, "--coulomb", "ewald", "--ewald-accuracy", 2], "--ewald-accuracy"),
+    ],
+)
+def test_options_that_do_not_fit(run, own_checkpoint, flags, message):
+    result, files = run("--weights", own_checkpoint, *flags)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert len(result.output.strip().split("\n")) == 1
+    assert files == []
+
+
+# --------------------------------------------------------------------------------------------------
+# dispersion, Coulomb method, options
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dimer():
+    """Two water molecules, in double precision."""
+    water = torch.tensor([[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]], dtype=torch.float64)
+    return {"coord": torch.cat([water, water + 3.0]).unsqueeze(0), "numbers": torch.tensor([[8, 1, 1, 8, 1, 1]])}
+
+
+def energy(path, data):
+    model = load_jit_model(path)
+    model.module.double()
+    return model(data)["energy"]
+
+
+def test_d4_is_part_of_the_energy(own_checkpoint, tmp_path, dimer):
+    from aimnet2mult.dftd4 import DFTD4
+    from aimnet2mult.dispersion_params import d4_parameters
+    from aimnet2mult.nbops import internal_batch
+
+    p = d4_parameters("pbe")
+    d4 = DFTD4(s6=p.s6, s8=p.s8, s9=p.s9, a1=p.a1, a2=p.a2)(internal_batch(dimer, 5.0))["energy"]
+    assert d4 < -1e-3
+    bare, _ = compile_model(own_checkpoint, tmp_path / "bare", fidelity_level=0)
+    jpt, _ = compile_model(own_checkpoint, tmp_path / "d4", fidelity_level=0, dispersion=choose_dispersion("d4", "pbe"))
+    torch.testing.assert_close(energy(jpt, dimer) - energy(bare, dimer), d4, rtol=0, atol=1e-8)
+    metadata = load_jit_model(jpt).metadata
+    parameters = {"s6": p.s6, "s8": p.s8, "s9": 1.0, "a1": p.a1, "a2": p.a2}
+    assert metadata["dispersion"]["parameters"] == parameters
+    assert metadata["dispersion"]["method"] == "d4"
+    assert not metadata["periodic"]
+    own = choose_dispersion("d4", parameters={key: parameters[key] for key in ("s8", "a1", "a2")})
+    assert own.parameters == parameters
+
+
+def test_d4_is_not_counted_twice(run, with_ledger):
+    result, files = run(
+        *("--weights", with_ledger("none"), "--fidelity-level", "xtb"),
+        *("--dispersion", "d4", "--dispersion-functional", "pbe"),
+    )
+    assert result.exit_code == 2
+    assert "--dispersion d4: the labels of fidelity 1 (xtb) contain D4 of gfn2" in result.output
+    assert files == []
+
+
+def test_range_of_dispersion(own_checkpoint, tmp_path, dimer):
+    paths = [
+        compile_model(own_checkpoint, tmp_path / "m", fidelity_level=0, dispersion=choose_dispersion(*args))[0].rename(
+            tmp_path / f"{i}.jpt"
+        )
+        for i, args in enumerate(
+            [("none",), ("d3bj", "pbe", None, 2.0, 0.0), ("d3bj", "pbe", None, 30.0), ("d3bj", "pbe")]
+        )
+    ]
+    none, short, long, full = (float(energy(path, dimer)) for path in paths)
+    assert full < short < none
+    assert abs(full - long) < 1e-6
+    dispersion = load_jit_model(paths[2]).metadata["dispersion"]
+    assert (dispersion["cutoff"], dispersion["smoothing"]) == (30.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("d4", "pbe", None, 12.0), "--dispersion-cutoff and --dispersion-smoothing are for --dispersion d3bj"),
+        (("d3bj", "pbe", None, None, 0.1), "is a fraction of --dispersion-cutoff"),
+        (("d3bj", "pbe", None, float("inf")), "--dispersion-cutoff inf: expected a positive number"),
+        (("d3bj", "pbe", None, 12.0, 1.5), "--dispersion-smoothing 1.5: expected a number between 0 and 1"),
+        (("d3bj", None, {"s8": float("nan"), "a1": 1.0, "a2": 1.0}), "--dispersion-s8 nan: expected a number"),
+        (("d4", "pbee"), "'pbee' is not known to D4"),
+    ],
+)
+def test_dispersion_that_makes_no_sense(args, message):
+    with pytest.raises(ValueError, match=message):
+        choose_dispersion(*args)
+
+
+def test_three_body_energy_beside_a_functional():
+    assert "s9" not in choose_dispersion("d3bj", "pbe", {"s9": 0.0}).parameters
+    assert choose_dispersion("d3bj", "pbe", {"s9": 1.0}).parameters["s9"] == 1.0
+    assert choose_dispersion("d4", "pbe", {"s9": 0.5}).parameters["s9"] == 0.5
+
+
+def test_coulomb_method(run, own_checkpoint, tmp_path, dimer):
+    result, files = run("--weights", own_checkpoint, "--fidelity-level", 0, "--coulomb", "dsf", "--coulomb-cutoff", 12)
+    assert result.exit_code == 0, result.output
+    model = load_jit_model(tmp_path / "out" / files[0])
+    assert model.metadata["coulomb"]["method"] == "dsf"
+    assert model.metadata["coulomb"]["cutoff"] == 12.0
+    assert model.metadata["periodic"]
+    assert model.cutoff_lr == 12.0
+    assert model.module.options["coulomb_method"] == "dsf"
+    crystal = {**dimer, "cell": 10.0 * torch.eye(3, dtype=torch.float64)}
+    assert torch.isfinite(
+        model({key: v.float() if v.is_floating_point() else v for key, v in crystal.items()})["energy"]
+    )
+
+
+def test_coulomb_method_of_a_model_without_coulomb_energy(run, tmp_path, own_config):
+    del own_config["kwargs"]["outputs"]["lrcoulomb"]
+    checkpoint = save_own_checkpoint(tmp_path / "bare.pt", own_config)
+    result, _ = run("--weights", checkpoint, "--fidelity-level", 0, "--coulomb", "dsf")
+    assert result.exit_code == 2
+    assert "--coulomb dsf: fidelity 0 (dft) has no Coulomb energy among its outputs" in result.output
+    result, files = run("--weights", checkpoint, "--fidelity-level", 0)
+    assert result.exit_code == 0, result.output
+    assert load_jit_model(tmp_path / "out" / files[0]).metadata["coulomb"] is None
+
+
+def test_what_the_file_computes_in_every_call(own_checkpoint, tmp_path, dimer):
+    jpt, _ = compile_model(
+        own_checkpoint, tmp_path / "m", fidelity_level=0, coulomb=choose_coulomb("ewald"), stress=True, hessian=True
+    )
+    model = load_jit_model(jpt)
+    assert model.module.compute_stress
+    assert model.module.compute_hessian
+    model.module.double()
+    out = model({**dimer, "cell": 10.0 * torch.eye(3, dtype=torch.float64)})
+    assert out["stress"].shape == (3, 3)
+    assert out["hessian"].shape == (1, 6, 3, 6, 3)
+    assert model.module.options["compute_stress"] == "true"
+    plain = load_jit_model(compile_model(own_checkpoint, tmp_path / "p", fidelity_level=0)[0])
+    assert not plain.module.compute_stress
+    assert sorted(plain({key: v.float() if v.is_floating_point() else v for key, v in dimer.items()})) == [
+        *("charges", "energy", "forces", "spin_charges")
+    ]
+
+
+def test_licence_and_comment(run, own_checkpoint, tmp_path):
+    flags = ["--fidelity-level", 0, "--licence", "CC-BY-4.0", "--comment", "Für Wasser"]
+    _, files = run("--weights", own_checkpoint, *flags)
+    metadata = load_jit_model(tmp_path / "out" / files[0]).metadata
+    assert (metadata["licence"], metadata["comment"]) == ("CC-BY-4.0", "Für Wasser")
+    _, files = run("--weights", own_checkpoint, "--fidelity-level", 0)
+    assert load_jit_model(tmp_path / "out" / files[0]).metadata["licence"].startswith("not stated")
+
+
+def test_attributes_for_those_who_have_only_torch(own_checkpoint, tmp_path):
+    from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
+
+    jpt, _ = compile_model(own_checkpoint, tmp_path / "m", fidelity_level=1)
+    with torchscript_deprecation_ignored():
+        model = torch.jit.load(str(jpt))
+    assert (model.cutoff, model.cutoff_lr, model.species) == (5.0, float("inf"), [1, 6, 8])
+    assert model.options["coulomb_method"] == "simple"
+    assert model.options["dispersion_method"] == "none"
+    assert model.options["compute_stress"] == "false"
+
+
+# --------------------------------------------------------------------------------------------------
+# models that must not be compiled
+# --------------------------------------------------------------------------------------------------
+
+
+def with_weight(checkpoint, path, key, row, value):
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"][key][row] = value
+    torch.save(content, path)
+    return path
+
+
+def test_weights_that_are_not_finite(run, own_checkpoint, tmp_path):
+    bad = with_weight(own_checkpoint, tmp_path / "bad.pt", "mlps.1.0.weight", 0, float("nan"))
+    result, files = run("--weights", bad, "--fidelity-level", "all")
+    assert result.exit_code == 2
+    assert "fidelity 0 (dft): NaN or infinite values among the weights (mlps.1.0.weight)" in result.output
+    assert files == []
+    # Element 9 of fidelity 0 is not among those that it was trained on: nobody will look at its row.
+    unused = with_weight(own_checkpoint, tmp_path / "unused.pt", "afv.weight", 9, float("nan"))
+    result, _ = run("--weights", unused, "--fidelity-level", 0)
+    assert result.exit_code == 0, result.output
+    used = with_weight(own_checkpoint, tmp_path / "used.pt", "afv.weight", 8, float("inf"))
+    result, _ = run("--weights", used, "--fidelity-level", 0)
+    assert "among the weights (afv.weight)" in result.output
+    far = with_weight(own_checkpoint, tmp_path / "far.pt", "aev.rc_s", (), float("inf"))
+    result, _ = run("--weights", far, "--fidelity-level", 0)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(("method", "name"), [("d3bj", r"D3\(BJ\)"), ("d4", "D4")])
+def test_elements_without_dispersion_data(own_checkpoint, tmp_path, method, name):
+    sae = tmp_path / "sae.yaml"
+    sae.write_text("1: -13.6\n104: -900.0\n")
+    content = torch.load(own_checkpoint, weights_only=True)
+    del content["sae"], content["species"]
+    torch.save(content, tmp_path / "heavy.pt")
+    with pytest.raises(ValueError, match=rf"{name} of pbe: no reference data for Rf \(104\)"):
+        compile_model(
+            tmp_path / "heavy.pt",
+            tmp_path / "m",
+            fidelity_level=0,
+            sae=sae,
+            dispersion=choose_dispersion(method, "pbe"),
+        )
+    jpt, _ = compile_model(tmp_path / "heavy.pt", tmp_path / "m", fidelity_level=0, sae=sae)
+    assert load_jit_model(jpt).species == [1, 104]
+
+
+def test_model_that_cannot_be_verified_is_not_written(run, own_checkpoint, monkeypatch):
+    from aimnet2mult.models import golden
+
+    honest = golden.golden
+
+    def other_energy(cases, single, double):
+        content = honest(cases, single, double)
+        content["cases"][1]["outputs"]["float64"]["energy"][0] += 1e-6
+        return content
+
+    monkeypatch.setattr(golden, "golden", other_energy)
+    result, files = run("--weights", own_checkpoint, "--fidelity-level", "all")
+    assert result.exit_code == 2
+    assert "fid0: the compiled model does not give what the model gives: energy of ions in float64 by 1.0e-06 eV" in (
+        result.output
+    )
+    assert files == []
+
+
+def test_file_that_was_there_survives_a_failure(run, own_checkpoint, tmp_path):
+    _, files = run("--weights", own_checkpoint, "--fidelity-level", 0)
+    before = (tmp_path / "out" / files[0]).read_bytes()
+    bad = with_weight(own_checkpoint, tmp_path / "bad.pt", "mlps.1.0.weight", 0, float("nan"))
+    result, _ = run("--weights", bad, "--fidelity-level", 0)
+    assert result.exit_code == 2
+    assert (tmp_path / "out" / files[0]).read_bytes() == before
+
+
+def test_training_is_described(own_checkpoint, tmp_path):
+    content = torch.load(own_checkpoint, weights_only=True)
+    content["train_config"] = {"data": {"fidelity_datasets": {0: "/home/me/dft.h5", 1: "C:\\me\\xtb.h5"}}, "seed": 3}
+    content["data"] = {"fidelities": {"dft": {"files": [{"path": "/home/me/dft.h5", "sha256": "ab"}]}}}
+    torch.save(content, tmp_path / "trained.pt")
+    metadata = load_jit_model(compile_model(tmp_path / "trained.pt", tmp_path / "m", fidelity_level=0)[0]).metadata
+    training = metadata["training"]
+    assert training["config"] == {"data": {"fidelity_datasets": {0: "dft.h5", 1: "xtb.h5"}}, "seed": 3}
+    assert training["data"]["fidelities"]["dft"]["files"] == [{"path": "dft.h5", "sha256": "ab"}]
+    assert training["versions"]["torch"] == torch.__version__
+
+
+def test_help_is_quick():
+    code = """
+import sys
+from click.testing import CliRunner
+from aimnet2mult.tools import compile_jit, info, verify
+for tool in (compile_jit, info, verify):
+    assert CliRunner().invoke(tool.main, ["--help"]).exit_code == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
