@@ -6,9 +6,11 @@ with the module that compiling embeds. The model at the end of a training is com
 is subtracted, and nothing is added.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.data.ledger import DispersionLabel
 from aimnet2mult.data.sae import sae_energy
 from aimnet2mult.models.base import layout_of_weights, load_checkpoint
-from aimnet2mult.models.jit_wrapper import DeployableModel, load_jit_model
+from aimnet2mult.models.jit_wrapper import DeployableModel, JitModel, load_jit_model
 from aimnet2mult.modules import DFTD3, Forces, SelfAtomicEnergies
 from aimnet2mult.nbops import encode_fidelity
 from aimnet2mult.tools.compile_options import COMMAND_LINE, SUBTRACTED
@@ -222,18 +224,38 @@ def open_model(path: str | Path, device: torch.device, title: str | None = None)
 
 
 def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
-    """A compiled model; it has one fidelity."""
+    """A compiled model of one fidelity, or of all of them in one file."""
     try:
         model = load_jit_model(path, device)
     except AttributeError as error:
         raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit ({error})") from error
-    metadata = model.metadata
-    if "sae" not in metadata or not model.species:
+    parts = model.metadata.get("fidelities")
+    found = parts or [model.metadata]
+    if not model.species or any("sae" not in metadata for metadata in found):
         raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit: it has no metadata")
-    fidelity, name = int(metadata.get("fidelity_level", 0)), metadata.get("fidelity_name")
-    dtype = next(model.module.parameters()).dtype
-    predict = predict_totals(model, dtype, device, metadata["sae"])
-    predictor = Predictor(title, fidelity, name, sorted(model.species), metadata["sae"], predict)
+    predictors: dict[int, Predictor] = {}
+    for metadata in found:
+        f = int(metadata.get("fidelity_level", 0))
+        chosen = model if parts is None else functools.partial(_in_fidelity, model, f)
+        predictors[f] = _compiled_fidelity(chosen, next(model.module.parameters()).dtype, device, title, metadata)
+    return ModelFile(path, {f: predictor.name for f, predictor in predictors.items()}, predictors.__getitem__)
+
+
+def _in_fidelity(model: JitModel, fidelity: int, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    return model({**data, "fidelity": torch.tensor(fidelity)})
+
+
+def _compiled_fidelity(
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    title: str,
+    metadata: Mapping[str, Any],
+) -> Predictor:
+    """One fidelity of a compiled model, with what its metadata say."""
+    fidelity, name, sae = int(metadata.get("fidelity_level", 0)), metadata.get("fidelity_name"), metadata["sae"]
+    predict = predict_totals(function, dtype, device, sae)
+    predictor = Predictor(title, fidelity, name, sorted(metadata["species"]), sae, predict)
     embedded = metadata.get("dispersion") or {}
     if embedded.get("source") == COMMAND_LINE:
         text = DispersionLabel.from_dict(embedded).text
@@ -243,7 +265,7 @@ def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
         )
     elif embedded.get("source") == SUBTRACTED:
         predictor.notes.append(_note_on_dispersion(DispersionLabel.from_dict(embedded), predictor))
-    return ModelFile(path, {fidelity: name}, {fidelity: predictor}.__getitem__)
+    return predictor
 
 
 def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:

@@ -123,6 +123,27 @@ def test_fidelities_of_a_checkpoint_by_name_and_number(checkpoint, dataset, tmp_
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_fidelities_of_a_combined_file(checkpoint, dataset, tmp_path):
+    from aimnet2mult.tools.compile_jit import compile_model
+
+    combined, _ = compile_model(checkpoint, tmp_path / "m", combined=True)
+    path, _ = dataset
+    found = {}
+    for model in (checkpoint, combined):
+        data = ["--data", f"dft={path}", "--data", f"gfn1={path}", "--max-molecules", 10]
+        result = evaluate("--model", model, *data, "--output", tmp_path / model.name.partition(".")[0])
+        assert result.exit_code == 0, result.output
+        found[model] = errors_of(tmp_path / model.name.partition(".")[0])
+    assert found[combined].keys() == found[checkpoint].keys()
+    for key, errors in found[combined].items():
+        assert errors["energy"]["mae"] == pytest.approx(found[checkpoint][key]["energy"]["mae"], rel=1e-6)
+        assert errors["forces"]["mae"] == pytest.approx(found[checkpoint][key]["forces"]["mae"], rel=1e-5)
+    result = evaluate("--model", combined, "--data", path, "--output", tmp_path / "x")
+    assert result.exit_code == 2
+    assert "say which one a dataset belongs to" in result.output
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_several_datasets_and_files_of_one_name(compiled, dataset, tmp_path):
     path, groups = dataset
     (tmp_path / "a").mkdir()
