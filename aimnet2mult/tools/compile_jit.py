@@ -129,6 +129,8 @@ def compile_model(
     from aimnet2mult.tools.compile_source import find_fidelity, open_source, prepare
     from aimnet2mult.utils.files import check_writable
 
+    if str(output).endswith(("/", "\\")):
+        raise ValueError(f"--output {output}: expected the beginning of the names of files, such as {output}model")
     if combined:
         if fidelity_level not in (None, ALL):
             raise ValueError(f"--combined holds all fidelities; leave out --fidelity-level {fidelity_level}")
@@ -281,7 +283,7 @@ def verify_written(path: Path, compiled: CompiledModel) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def _parse_sae(values: Sequence[str]) -> str | dict[str, str] | None:
+def parse_sae_files(values: Sequence[str]) -> str | dict[str, str] | None:
     """``FILE``, or ``NAME=FILE`` for each of several fidelities."""
     if not values:
         return None
@@ -390,7 +392,7 @@ def main(
         fidelity_offset=fidelity_offset,
         num_fidelities=num_fidelities,
         use_fidelity_readouts=use_fidelity_readouts,
-        sae=_parse_sae(sae),
+        sae=parse_sae_files(sae),
         dispersion=choose_dispersion(dispersion, dispersion_functional, own, dispersion_cutoff, dispersion_smoothing),
         coulomb=choose_coulomb(coulomb, coulomb_cutoff, dsf_alpha, ewald_accuracy),
         stress=stress,

@@ -182,7 +182,7 @@ def main(
         coulomb=choose_coulomb(coulomb, coulomb_cutoff, dsf_alpha, ewald_accuracy),
         licence=licence,
         comment=comment,
-        sae=compile_jit._parse_sae(sae),
+        sae=compile_jit.parse_sae_files(sae),
         **rest,
     )
     for path in written:

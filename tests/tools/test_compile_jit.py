@@ -209,6 +209,10 @@ def test_output_that_cannot_be_written(run, mixed, tmp_path):
     result, _ = run(*mixed, "--fidelity-level", 0, output=tmp_path / "absent" / "model")
     assert result.exit_code == 2
     assert "does not exist" in result.output
+    result, files = run(*mixed, "--fidelity-level", 0, output=f"{tmp_path / 'out'}/")
+    assert result.exit_code == 2
+    assert "expected the beginning of the names of files, such as" in result.output
+    assert files == []
 
 
 def test_single_fidelity_checkpoint(fixtures_dir, sae_file, tmp_path, reference, molecules):
