@@ -26,7 +26,7 @@ def charged_batch(coord, charges, cell=None, mol_idx=None, n_mol=1, **keys):
     if mol_idx is not None:
         data["mol_idx"], data["charge"] = mol_idx, torch.zeros(n_mol, dtype=coord.dtype)
     # A single molecule would become dense.
-    batch = nbops.internal_batch(data, 5.0, 0.0, dense_limit=0 if coord.dim() == 2 else 256)
+    batch = nbops.internal_batch(data, 5.0, dense_limit=0 if coord.dim() == 2 else 256)
     if batch["coord"].dim() == 2 and batch["coord"].shape[0] == len(charges) + 1:
         charges = torch.cat([charges, charges.new_zeros(1)])
     batch["charges"] = charges
@@ -298,7 +298,7 @@ def test_layouts_of_molecules_agree(method, block_pairs, monkeypatch):
     monkeypatch.setattr(nbops, "long_range_pairs", lambda data, cutoff: search(data, cutoff, block_pairs))
     coord, q, numbers = three_molecules()
     lr = module(method, **({"dsf_rc": 6.0} if method == "dsf" else {}))
-    dense = nbops.internal_batch({"coord": coord, "numbers": numbers}, 5.0, 0.0)
+    dense = nbops.internal_batch({"coord": coord, "numbers": numbers}, 5.0)
     expected = derivatives(lr, {**dense, "charges": q})
     real = numbers > 0
     mol_idx = torch.arange(3).unsqueeze(1).expand(3, 9)[real]
