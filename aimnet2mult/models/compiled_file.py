@@ -99,8 +99,9 @@ def save_jit_model(
     extra = {METADATA_FILE: metadata_text(metadata)}
     if golden is not None:
         extra[GOLDEN_FILE] = json.dumps(golden)
-    with torchscript_deprecation_ignored():
-        torch.jit.save(torch.jit.script(model), str(path), _extra_files=extra)
+    with torchscript_deprecation_ignored(), open(path, "wb") as file:
+        # Given the name, torch would name the folder in the archive after it, and it may be a temporary one.
+        torch.jit.save(torch.jit.script(model), file, _extra_files=extra)
 
 
 def read_compiled_file(path: str | Path) -> FileContent:
@@ -117,7 +118,7 @@ def read_compiled_file(path: str | Path) -> FileContent:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            # The archive has one folder, named after the file that was written first.
+            # The archive has one folder, whatever its name.
             texts = {
                 key: archive.read(name).decode()
                 for key in (METADATA_FILE, GOLDEN_FILE)

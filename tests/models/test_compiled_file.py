@@ -72,6 +72,11 @@ def test_extra_files_are_those_of_torch(file):
     assert json.loads(extra[GOLDEN_FILE])["cases"]
 
 
+def test_name_of_the_file_is_not_inside(file):
+    with zipfile.ZipFile(file) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
+
+
 def test_file_may_be_renamed(file, tmp_path):
     other = tmp_path / "other name.jpt"
     other.write_bytes(file.read_bytes())
