@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aimnet2mult import dispersion_atm as atm
 from aimnet2mult import nbops
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
 
@@ -38,9 +39,20 @@ PAIR_CUTOFF_BOHR = 60.0
 COUNTING_CUTOFF_BOHR = 40.0
 """Range of the coordination number in the program s-dftd3, Bohr; its tail, exp(-16) per atom, counts."""
 
-# 4/3 times the covalent radii of Pyykkö and Atsumi (metals: minus 10 %). The table is in pm, and the programs that
-# define D3 use it with the Bohr of CODATA 2018, so this factor is part of the model and not of our units.
-COUNTING_RADIUS_BOHR_PER_PM = 4.0 / 3.0 * 0.01 / 0.529177210903
+TRIPLE_CUTOFF_BOHR = 40.0
+"""Longest side of a triangle in the three-body energy of the program s-dftd3, Bohr."""
+
+VDW_SCALE = 4.0 / 3.0
+"""Van der Waals radii in the damping of the three-body energy are multiplied by this."""
+
+TRIPLE_DAMPING_EXPONENT = 16.0 / 3.0
+"""Power of R/r in the damping of the three-body energy: a third of α = 14, plus 2 as in the program s-dftd3."""
+
+RADIUS_BOHR_PER_ANGSTROM = 1.0 / 0.529177210903
+"""Tables of radii are in Å, and the programs that define D3 read them with the Bohr of CODATA 2018."""
+
+# 4/3 times the covalent radii of Pyykkö and Atsumi (metals: minus 10 %). The table is in pm.
+COUNTING_RADIUS_BOHR_PER_PM = 4.0 / 3.0 * 0.01 * RADIUS_BOHR_PER_ANGSTROM
 """From the stored covalent radii to those of the counting function, Bohr."""
 
 SMALLEST_TS_DENOMINATOR = 1e-4
@@ -52,7 +64,7 @@ BLOCK_PAIRS = 2**16
 BLOCK_PAIRS_GPU = 2**22
 """Pairs in a block on a GPU, which wants few and large operations."""
 
-KEPT_PAIRS = 2**22
+KEPT_PAIRS = 2**23
 """Up to so many pairs, their distances are kept between sweeps over the pairs instead of computed again."""
 
 PUBLISHED_TABLES = ("c6ab", "cn_ref", "cnmax", "r4r2", "rcov")
@@ -290,9 +302,9 @@ def pair_gradient(along: Tensor, block: nbops.PairBlock, coord: Tensor) -> Tenso
         return total.index_add(0, block.i.flatten(), of_i.double()).index_add(0, block.j.flatten(), of_j.double())
     vector = along * block.r_ij
     if block.i.dim() == 1:
-        vector = vector.double()
-        by_axis = total.t().contiguous()
-        return by_axis.index_add(1, block.j, vector).index_add(1, block.i, vector, alpha=-1.0).t()
+        # By axes, and without the argument alpha: other ways take several times as long.
+        vector, by_axis = vector.double(), total.t().contiguous()
+        return (by_axis.index_add(1, block.j, vector) - by_axis.index_add(1, block.i, vector)).t()
     of_i = -vector.sum(dim=-1, dtype=torch.float64).flatten(1).t()
     return of_i if block.i.dim() == 3 else total.index_add(0, block.i.flatten(), of_i)
 
@@ -428,7 +440,8 @@ class AtomWeights(NamedTuple):
     averaged
         (n, K): C6 of the atom with each reference, the average over its own, Eh·a0⁶.
     grouped
-        (S, n·E): the same by elements; column n·E + e belongs to atom n and element e. Flat layout only.
+        (S, n·E): the same by elements; column n·E + e belongs to atom n and element e. Only where lists of
+        pairs need it.
     """
 
     place: Tensor
@@ -490,8 +503,26 @@ def pair_products(x: AtomWeights, y: AtomWeights, block: nbops.PairBlock, back: 
     return total
 
 
+class TripleDerivatives(NamedTuple):
+    """Three-body energy of a batch and its derivatives, float64, Hartree and Å.
+
+    Attributes
+    ----------
+    energy
+        (n,) by the first corner.
+    sides
+        (3, P + 1) by the sides from the first corner, at fixed coordination numbers.
+    cn
+        (n,) by the coordination numbers.
+    """
+
+    energy: Tensor
+    sides: Tensor
+    cn: Tensor
+
+
 class DFTD3(RationalDispersion):
-    """Add the DFT-D3(BJ) energy to ``key_out``.
+    """Add the DFT-D3(BJ) energy to ``key_out``, without or with the three-body term.
 
     S. Grimme, J. Antony, S. Ehrlich, H. Krieg, J. Chem. Phys. 132, 154104 (2010), doi:10.1063/1.3382344: C6 of a
     pair is the average of the C6 of its references, weighted by how near their coordination numbers are. The
@@ -505,12 +536,16 @@ class DFTD3(RationalDispersion):
     ----------
     s8, a1, a2, s6 : float
         Damping parameters; a2 in Bohr.
+    s9 : float
+        Factor of the three-body energy (`aimnet2mult.dispersion_atm`), usually 1 if it is wanted. Its time grows with
+        the cube of the number of atoms, up to the range of 40 Bohr; memory with the number of pairs in that range.
     key_out : str
         Energy (per molecule).
     cutoff : float, optional
         Range of the pairs, Å. By default 60 Bohr without a switch, which is what the program s-dftd3 does.
     smoothing_fraction : float
-        With a ``cutoff``, the energy of a pair is switched off over this fraction of it, before it.
+        With a ``cutoff``, the energy of a pair is switched off over this fraction of it, before it. Triangles are
+        not concerned.
 
     Attributes
     ----------
@@ -526,6 +561,7 @@ class DFTD3(RationalDispersion):
     cn: Tensor
     element: Tensor
     radius: Tensor
+    vdw: Tensor
     fixed_place: Tensor
     fixed_columns: Tensor
     fixed_cn: Tensor
@@ -539,6 +575,7 @@ class DFTD3(RationalDispersion):
         a1: float,
         a2: float,
         s6: float = 1.0,
+        s9: float = 0.0,
         key_out: str = "energy",
         cutoff: float | None = None,
         smoothing_fraction: float = 0.2,
@@ -554,11 +591,21 @@ class DFTD3(RationalDispersion):
         self.register_buffer("cn", tables["cn"], persistent=False)
         self.register_buffer("element", tables["element"].long(), persistent=False)
         self.register_buffer("radius", tables["radius"], persistent=False)
+        vdw = torch.zeros(self.max_element + 1, self.max_element + 1, dtype=torch.int32)
+        rows, columns = torch.tril_indices(self.max_element, self.max_element).unbind(0)
+        vdw[rows + 1, columns + 1] = tables["vdw"]
+        vdw[columns + 1, rows + 1] = tables["vdw"]
+        self.register_buffer("vdw", vdw, persistent=False)
         counts = torch.bincount(self.element, minlength=self.max_element + 1)
         self.first_reference = [0, *counts.cumsum(0).tolist()]
         self.has_species = False
         for name in References._fields:
             self.register_buffer(f"fixed_{name}", torch.zeros(0, dtype=torch.int64), persistent=False)
+
+        self.s9 = float(s9)
+        self.triple_cutoff = TRIPLE_CUTOFF_BOHR * BOHR_ANGSTROM
+        self.vdw_unit = VDW_SCALE * RADIUS_BOHR_PER_ANGSTROM / DECIMALS
+        self.triple_exponent = TRIPLE_DAMPING_EXPONENT
 
         self.steepness = COUNTING_STEEPNESS
         self.exponent = WEIGHTING_FACTOR
@@ -698,7 +745,7 @@ class DFTD3(RationalDispersion):
         exponent_slope = -2.0 * self.exponent * (cn - reference_cn)
         return own, own * (exponent_slope - (own * exponent_slope).sum(dim=1, keepdim=True))
 
-    def in_columns(self, own: Tensor, place: Tensor, tables: References, flat: bool) -> AtomWeights:
+    def in_columns(self, own: Tensor, place: Tensor, tables: References, by_element: bool) -> AtomWeights:
         """Weights (n, S), or their derivatives, with what is made of them."""
         n_atoms, n_columns = own.shape[0], tables.c6.shape[0]
         place = place.clamp(min=0)
@@ -706,7 +753,7 @@ class DFTD3(RationalDispersion):
         row = torch.zeros([n_atoms, n_columns], dtype=own.dtype, device=own.device).scatter(1, own_columns, own)
         averaged = row @ (tables.c6.to(own.dtype) / self.decimals)
         grouped = averaged
-        if flat:
+        if by_element:
             grouped = averaged.index_select(1, tables.columns.t().flatten())
             grouped = grouped.view(n_atoms, own.shape[1], tables.columns.shape[0]).transpose(0, 1).flatten(1)
         return AtomWeights(place, own.t().contiguous(), row, averaged, grouped)
@@ -732,7 +779,7 @@ class DFTD3(RationalDispersion):
         cn = self.coordination_numbers(data, pairs, kept)
         place = tables.place.index_select(0, data["numbers"].flatten())
         own, _ = self.reference_weights(cn.to(data["coord"].dtype), place, tables)
-        atoms = self.in_columns(own, place, tables, nbops.is_flat(data))
+        atoms = self.in_columns(own, place, tables, nbops.is_flat(data) or self.s9 != 0.0)
         constants = self.pair_constants(place, tables, data["coord"].dtype)
         energy = torch.zeros_like(cn)
         for k in range(pairs.n_blocks):
@@ -744,6 +791,9 @@ class DFTD3(RationalDispersion):
                 e_ij = e_ij * quintic_switch(block.d_ij, self.smoothing_on, self.cutoff_lr)
             within = mask_within(block, self.cutoff_lr, pairs.cutoff)
             energy = energy + block.weight * sum_over_j(e_ij * within, block, cn.shape[0])
+        if self.s9 != 0.0:
+            sides = self.triangle_sides(data, pairs, kept)
+            energy = energy + self.triple_energies(sides, atoms, self.triple_constants(place, tables, energy))
         return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
 
     def energy_with_first_derivatives(self, data: dict[str, Tensor]) -> Tensor:
@@ -802,8 +852,9 @@ class DFTD3(RationalDispersion):
         cn = self.coordination_numbers(inner, pairs, kept)
         place = tables.place.index_select(0, inner["numbers"].flatten())
         own, own_slope = self.reference_weights(cn.to(coord.dtype), place, tables)
-        weights = self.in_columns(own, place, tables, nbops.is_flat(data))
-        slopes = self.in_columns(own_slope, place, tables, nbops.is_flat(data))
+        by_element = nbops.is_flat(data) or self.s9 != 0.0
+        weights = self.in_columns(own, place, tables, by_element)
+        slopes = self.in_columns(own_slope, place, tables, by_element)
         constants = self.pair_constants(place, tables, coord.dtype)
 
         n_atoms = coord.shape[0]
@@ -823,6 +874,15 @@ class DFTD3(RationalDispersion):
             if with_virial:
                 virial = virial - pair_virial(along, block, inner)
 
+        if self.s9 != 0.0:
+            sides = self.triangle_sides(inner, pairs, kept)
+            triples = self.triple_derivatives(sides, weights, slopes, self.triple_constants(place, tables, energy))
+            energy, cn_slope = energy + triples.energy, cn_slope + triples.cn
+            gradient = gradient.index_add(0, sides.j, triples.sides.t()) - torch.zeros_like(gradient).index_add(
+                0, sides.i, triples.sides.t()
+            )
+            if with_virial:
+                virial = virial + self.triple_virial(sides, triples.sides, inner)
         cn_slopes = cn_slope.to(coord.dtype)
         for k in range(pairs.n_blocks):
             block = kept[k] if len(kept) > 0 else nbops.pair_block(inner, pairs, k)
@@ -848,6 +908,106 @@ class DFTD3(RationalDispersion):
             slope = slope * switch + bracket * within * switch_slope / block.d_ij
             bracket = bracket * switch
         return bracket * within, slope
+
+    # three-body energy
+
+    def triangle_sides(
+        self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, kept: list[nbops.PairBlock]
+    ) -> atm.Sides:
+        """All pairs that can be the side of a triangle."""
+        i, j, r_ij = [], [], []
+        for k in range(pairs.n_blocks):
+            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            found = atm.later_sides(block, block.mask & (block.d_ij < self.triple_cutoff), data)
+            i.append(found[0])
+            j.append(found[1])
+            r_ij.append(found[2])
+        if len(i) == 0:
+            none = torch.zeros([0], dtype=torch.long, device=data["numbers"].device)
+            return atm.sorted_sides(none, none, data["coord"].new_zeros([3, 0]), data["numbers"].numel(), self.bohr)
+        return atm.sorted_sides(torch.cat(i), torch.cat(j), torch.cat(r_ij, 1), data["numbers"].numel(), self.bohr)
+
+    def triple_constants(self, place: Tensor, tables: References, like: Tensor) -> PairConstants:
+        """Of each pair of elements R^{16/3}, R in Bohr: the damping of a side."""
+        radius = self.vdw[tables.element][:, tables.element].double() * self.vdw_unit
+        member = torch.nn.functional.one_hot(place.clamp(min=0), radius.shape[0])
+        return PairConstants([radius.pow(self.triple_exponent)], place.clamp(min=0), member)
+
+    def triple_energies(self, sides: atm.Sides, atoms: AtomWeights, constants: PairConstants) -> Tensor:
+        """Three-body energies (n,), Hartree, float64, by the first corner."""
+        dtype, n_atoms = sides.r_ij.dtype, atoms.place.shape[0]
+        energy = torch.zeros([n_atoms], dtype=torch.float64, device=sides.r_ij.device)
+        table, member = constants.tables[0].to(dtype), constants.member.to(dtype)
+        c6, radius = self.of_sides(sides, atoms, table)
+        for block in atm.triangle_blocks(sides, self.block_pairs):
+            t = atm.triangles(sides, block)
+            j, k = atom_values(sides.j, t.side_j), atom_values(sides.j, t.side_k)
+            r_j, r_k = atm.side_values(sides.r_ij, t.side_j), atm.side_values(sides.r_ij, t.side_k)
+            x, y, z = atm.squared_sides(r_j, r_k, t.exists)
+            c6_jk = atoms.averaged[j] @ atoms.row[k].transpose(1, 2)
+            c6_ij, c6_ik = atom_values(c6, t.side_j).unsqueeze(2), atom_values(c6, t.side_k).unsqueeze(1)
+            product = torch.where(t.exists, c6_ij * c6_ik * c6_jk, 1.0)
+            damping = atom_values(radius, t.side_j).unsqueeze(2) * atom_values(radius, t.side_k).unsqueeze(1)
+            damping = damping * (table[atoms.place[j]] @ member[k].transpose(1, 2))
+            counted = t.exists & (z < (self.triple_cutoff / self.bohr) ** 2)
+            e = atm.triple_energy(x, y, z, product, damping).masked_fill(~counted, 0.0)
+            corners = torch.arange(block[0], block[1], device=energy.device)
+            energy = energy.index_add(0, corners, e.sum(dim=[1, 2], dtype=torch.float64))
+        return self.s9 * energy
+
+    def of_sides(self, sides: atm.Sides, atoms: AtomWeights, table: Tensor) -> tuple[Tensor, Tensor]:
+        """C6 and R^{16/3} of the sides from the first corner, (P + 1,) each."""
+        radius = atom_values(table.flatten(), atoms.place[sides.i] * table.shape[0] + atoms.place[sides.j])
+        return pair_products(atoms, atoms, self.as_block(sides), False), radius
+
+    def as_block(self, sides: atm.Sides) -> nbops.PairBlock:
+        """Sides as a list of pairs; distances are not needed."""
+        return nbops.PairBlock(sides.i, sides.j, sides.r_ij[0], sides.r_ij, sides.i >= 0, 1.0)
+
+    def triple_derivatives(
+        self, sides: atm.Sides, atoms: AtomWeights, slopes: AtomWeights, constants: PairConstants
+    ) -> TripleDerivatives:
+        """Three-body energy and its first derivatives, written out."""
+        dtype, device, n_atoms = sides.r_ij.dtype, sides.r_ij.device, atoms.place.shape[0]
+        table, member = constants.tables[0].to(dtype), constants.member.to(dtype)
+        c6, radius = self.of_sides(sides, atoms, table)
+        n_sides = sides.i.shape[0]
+        energy = torch.zeros([n_atoms], dtype=torch.float64, device=device)
+        of_sides = torch.zeros([3, n_sides], dtype=torch.float64, device=device)
+        h_sides, cn_j = torch.zeros_like(of_sides[0]), torch.zeros_like(of_sides[0])
+        for block in atm.triangle_blocks(sides, self.block_pairs):
+            t = atm.triangles(sides, block)
+            j, k = atom_values(sides.j, t.side_j), atom_values(sides.j, t.side_k)
+            r_j, r_k = atm.side_values(sides.r_ij, t.side_j), atm.side_values(sides.r_ij, t.side_k)
+            x, y, z = atm.squared_sides(r_j, r_k, t.exists)
+            row_j, row_k = atoms.row[j], atoms.row[k]
+            c6_ij, c6_ik = atom_values(c6, t.side_j).unsqueeze(2), atom_values(c6, t.side_k).unsqueeze(1)
+            c6_jk = atoms.averaged[j] @ row_k.transpose(1, 2)
+            damping = table[atoms.place[j]] @ member[k].transpose(1, 2)
+            damping = damping * atom_values(radius, t.side_j).unsqueeze(2) * atom_values(radius, t.side_k).unsqueeze(1)
+            counted = (t.exists & (z < (self.triple_cutoff / self.bohr) ** 2)).to(dtype)
+            sums = atm.triple_derivatives(r_j, r_k, counted, (c6_ij, c6_ik, c6_jk), damping, (x, y, z))
+            energy[block[0] : block[1]] += sums.energy
+            side_j, side_k = t.side_j.flatten(), t.side_k.flatten()
+            of_sides.index_add_(1, side_j, sums.of_j.flatten(1).double())
+            of_sides.index_add_(1, side_k, sums.of_k.flatten(1).double())
+            h_sides.index_add_(0, side_j, sums.h_ij.flatten().double())
+            h_sides.index_add_(0, side_k, sums.h_ik.flatten().double())
+            of_cn = (slopes.averaged[j] * (sums.h_jk @ row_k)).sum(dim=2)
+            cn_j.index_add_(0, side_j, of_cn.flatten().double())
+            of_cn = (slopes.averaged[k] * (sums.h_jk.transpose(1, 2) @ row_j)).sum(dim=2)
+            cn_j.index_add_(0, side_k, of_cn.flatten().double())
+        pairs = self.as_block(sides)
+        cn_i = h_sides * pair_products(slopes, atoms, pairs, False)
+        cn_j = cn_j + h_sides * pair_products(slopes, atoms, pairs, True)
+        cn = sum_over_j(cn_i, pairs, n_atoms) + sum_over_i(cn_j, pairs, n_atoms)
+        return TripleDerivatives(self.s9 * energy, self.s9 / self.bohr * of_sides, self.s9 * cn)
+
+    def triple_virial(self, sides: atm.Sides, of_sides: Tensor, data: dict[str, Tensor]) -> Tensor:
+        """Σ r_ij (dE/dr_ij)ᵀ of the sides, (B, 3, 3) float64."""
+        products = (self.bohr * sides.r_ij).double().t().unsqueeze(2) * of_sides.t().unsqueeze(1)
+        total = torch.zeros([nbops.n_molecules(data), 3, 3], dtype=torch.float64, device=of_sides.device)
+        return total.index_add(0, data["mol_idx"][sides.i], products)
 
 
 class D3TS(RationalDispersion):

@@ -22,6 +22,8 @@ key         shape       meaning
 ``element`` (K,)        atomic number of each reference, int32
 ``radius``  (Z + 1,)    covalent radius of each element, int32, pm
 ``r4r2``    (Z + 1,)    <r⁴>/<r²> of each element, int32, 1e-4 a0²
+``vdw``     (Z(Z+1)/2)  van der Waals radius of each pair of elements, lower triangle by rows from Z = 1 on, int32,
+                        1e-4 Å
 ==========  ==========  =========================================================================================
 """
 
@@ -31,7 +33,7 @@ from pathlib import Path
 import torch
 from tad_dftd3.data import R4R2
 from tad_dftd3.reference import Reference
-from tad_mctc.data import COV_D3
+from tad_mctc.data import COV_D3, VDW_PAIRWISE
 from tad_mctc.units import length
 from torch import Tensor
 
@@ -42,11 +44,11 @@ RADIUS_SCALE = 4.0 / 3.0
 """tad-mctc gives covalent radii multiplied by this factor, as the counting function wants them."""
 
 
-def exact_integers(x: Tensor, scale: float) -> Tensor:
+def exact_integers(x: Tensor, scale: float, tolerance: float = 1e-9) -> Tensor:
     """Return ``x * scale`` as int32; an error if ``x`` is not a multiple of 1/``scale`` to round-off."""
     integers = (x.double() * scale).round()
     error = (integers / scale - x).abs().max().item()
-    if error > 1e-9:
+    if error > tolerance:
         raise ValueError(f"the table does not consist of multiples of {1 / scale:g}: largest difference {error:.1e}")
     return integers.to(torch.int32)
 
@@ -68,12 +70,16 @@ def d3bj_data() -> dict[str, Tensor]:
     # tad-dftd3 gives sqrt(½ r4r2 √Z).
     charge = torch.arange(1, MAX_ELEMENT + 1, dtype=torch.double)
     r4r2 = 2.0 * R4R2(dtype=torch.double)[1 : MAX_ELEMENT + 1].square() / charge.sqrt()
+    elements = torch.tril_indices(MAX_ELEMENT, MAX_ELEMENT) + 1
+    # tad-mctc has these radii in single precision.
+    vdw = VDW_PAIRWISE(dtype=torch.double)[elements[0], elements[1]] / length.AA2AU
     return {
         "c6": exact_integers(c6[rows, columns], 1e4),
         "cn": exact_integers(torch.cat([padding, reference.cn[element, place]]), 1e4),
         "element": torch.cat([element.new_zeros(1), element]).to(torch.int32),
         "radius": exact_integers(radius, 1e2),
         "r4r2": exact_integers(torch.cat([padding, r4r2]), 1e4),
+        "vdw": exact_integers(vdw, 1e4, tolerance=1e-6),
     }
 
 

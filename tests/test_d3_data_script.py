@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_d3bj_data.py"
 
 def test_file_holds_every_element_up_to_lawrencium():
     data = torch.load(D3_DATA, weights_only=True)
-    assert set(data) == {"c6", "cn", "element", "radius", "r4r2"}
+    assert set(data) == {"c6", "cn", "element", "radius", "r4r2", "vdw"}
     assert data["element"].unique().tolist() == list(range(104))
     assert torch.all(data["element"].diff() >= 0)
     assert (data["radius"][1:] > 0).all()
