@@ -103,25 +103,28 @@ class CombinedModel(nn.Module):
         for key, value in data.items():
             if key != "fidelity":
                 inputs[key] = value
-        if "fidelity" not in data:
-            return self.evaluate(inputs, self.default_fidelity)
-        nbops.check_batch(inputs)
-        n_mol = nbops.count_molecules(inputs)
-        fidelity = data["fidelity"].reshape(-1)
-        if fidelity.is_floating_point():
-            raise ValueError(f"fidelity must hold whole numbers: {self.known()}")
-        if fidelity.shape[0] not in [1, n_mol]:
-            raise ValueError(f"fidelity has {fidelity.shape[0]} entries for {n_mol} molecules: one, or one for each")
-        # Which parts are to run can only be decided here: one wait for the device.
-        present: list[int] = torch.unique(fidelity.long()).tolist()
+        present = [self.default_fidelity]
+        if "fidelity" in data:
+            # Which parts are to run can only be decided here: one wait for the device.
+            present = self.fidelities_of(data["fidelity"], inputs)
         for f in present:
             if f < 0 or f >= len(self.fidelity_names):
                 raise ValueError(f"fidelity {f} is unknown: {self.known()}")
         if len(present) == 1:
             return self.evaluate(inputs, present[0])
-        if len(present) == 0:
-            return self.evaluate(inputs, self.default_fidelity)
-        return self.evaluate_mixed(inputs, fidelity.to(inputs["coord"].device), present)
+        nbops.check_values(inputs)
+        return self.evaluate_mixed(inputs, data["fidelity"].reshape(-1).to(inputs["coord"].device), present)
+
+    def fidelities_of(self, fidelity: Tensor, data: dict[str, Tensor]) -> list[int]:
+        """Return which fidelities are asked for; raise a ValueError if it cannot be told of which molecules."""
+        nbops.check_batch(data)
+        n_mol = nbops.count_molecules(data)
+        if fidelity.is_floating_point():
+            raise ValueError(f"fidelity must hold whole numbers: {self.known()}")
+        if fidelity.numel() not in [1, n_mol]:
+            raise ValueError(f"fidelity has {fidelity.numel()} entries for {n_mol} molecules: one, or one for each")
+        present: list[int] = torch.unique(fidelity.long()).tolist()
+        return present if n_mol > 0 else [self.default_fidelity]
 
     @torch.jit.export
     def set_coulomb_method(

@@ -175,12 +175,15 @@ def test_file_says_what_it_is(files, combined):
         ),
         ({"fidelity": torch.tensor([0, -1])}, "fidelity -1 is unknown"),
         ({"fidelity": torch.tensor([0, 1, 1])}, "fidelity has 3 entries for 2 molecules"),
+        ({"fidelity": torch.zeros(0, dtype=torch.long)}, "fidelity has 0 entries for 2 molecules"),
         ({"fidelity": torch.tensor([0.0, 1.0])}, "fidelity must hold whole numbers"),
         (
             {"fidelity": torch.tensor([0, 1]), "numbers": torch.tensor([[17, 1, 0], [17, 1, 0]])},
             r"Cl \(17\) is not among the elements of fidelity 1: H \(1\), C",
         ),
         ({"fidelity": torch.tensor([0, 1]), "coord": torch.zeros(2, 3, 2)}, "must have shape"),
+        ({"fidelity": torch.tensor([0, 1]), "mult": torch.ones(3)}, "mult has 3 entries for 2 molecules"),
+        ({"fidelity": torch.tensor([0, 1]), "charge": torch.zeros(3)}, "charge has 3 entries for 2 molecules"),
     ],
 )
 def test_bad_input_is_refused(combined, change, message):
@@ -199,6 +202,25 @@ def test_default_may_be_set_and_input_stays(files, singles, without_chlorine):
     assert data.keys() == before.keys()
     assert all(torch.equal(data[key], before[key]) for key in data)
     assert_same(model(without_chlorine), singles[2](without_chlorine))
+
+
+def test_flat_molecules_that_cannot_be_told_apart(combined):
+    atoms = {"coord": torch.eye(3), "numbers": torch.ones(3, dtype=torch.long), "fidelity": torch.tensor([0, 1])}
+    for mol_idx, message in [([0, 1, 0], "mol_idx must be sorted"), ([0, 1, 2], "mol_idx must be between 0 and 1")]:
+        with pytest.raises(ValueError, match=message):
+            combined({**atoms, "mol_idx": torch.tensor(mol_idx), "charge": torch.zeros(2)})
+
+
+def test_batch_without_molecules(combined):
+    nothing = {"coord": torch.zeros(0, 3, 3), "numbers": torch.zeros(0, 3, dtype=torch.long)}
+    assert combined({**nothing, "fidelity": torch.zeros(0, dtype=torch.long)})["energy"].shape == (0,)
+
+
+def test_default_that_there_is_not(files, without_chlorine):
+    model = load_jit_model(files[3])
+    model.module.default_fidelity = 3
+    with pytest.raises(ValueError, match="fidelity 3 is unknown"):
+        model(without_chlorine)
 
 
 def test_options_hold_for_all_fidelities(files, without_chlorine):
