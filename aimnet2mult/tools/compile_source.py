@@ -116,7 +116,7 @@ def open_source(
     sae : path or mapping, optional
         File with the self-atomic energies of the one fidelity to compile; of several, {number or name: file}.
     fidelity_level : int or str, optional
-        The one fidelity to compile; None or ``all`` for all of them.
+        The fidelity to compile, or ``all``; may be left out if there is one.
 
     Raises
     ------
@@ -207,7 +207,15 @@ def _sae_files(
     if sae is None:
         return {}
     if isinstance(sae, Mapping):
-        return {find_fidelity(source, name, "--sae"): Path(path) for name, path in sae.items()}
+        files: dict[int, Path] = {}
+        for name, path in sae.items():
+            fidelity = find_fidelity(source, name, "--sae")
+            if fidelity in files:
+                raise ValueError(f"--sae {name}={path}: a second file for {source.title(fidelity)}")
+            if fidelity_level != "all" and fidelity != find_fidelity(source, fidelity_level):
+                raise ValueError(f"--sae {name}={path}: {source.title(fidelity)} is not compiled; leave the file out")
+            files[fidelity] = Path(path)
+        return files
     if fidelity_level == "all" and source.num_fidelities > 1:
         raise ValueError(
             f"--sae {sae}: one file for {source.num_fidelities} fidelities; give one for each, as --sae NAME=FILE "

@@ -478,11 +478,23 @@ def test_energies_of_several_fidelities_from_files(run, fixtures_dir, sae_file, 
         (given[:2], "--sae: the checkpoint holds no self-atomic energies of fidelity 1"),
         ([*given, "--sae", f"3={sae_file}"], "--sae 3: the checkpoint has the fidelities 0..2"),
         ([*given, "--sae", f"0={sae_file}"], "a second file for 0"),
+        (["--sae", f"0={sae_file}", "--sae", f"00={other}"], "--sae 00: the checkpoint has the fidelities"),
         (["--sae", sae_file, "--sae", other], "of several fidelities, give each file as NAME=FILE"),
     ]:
         result, _ = run(*weights, "--fidelity-level", "all", *flags)
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_energies_of_a_fidelity_that_is_not_compiled(run, own_checkpoint, sae_file):
+    for flags, message in [
+        (["--fidelity-level", 0, "--sae", f"xtb={sae_file}"], "fidelity 1 (xtb) is not compiled; leave the file out"),
+        (["--combined", "--sae", f"xtb={sae_file}", "--sae", f"1={sae_file}"], "a second file for fidelity 1 (xtb)"),
+    ]:
+        result, files = run("--weights", own_checkpoint, *flags)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert files == []
 
 
 @pytest.mark.parametrize(
