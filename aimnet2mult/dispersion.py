@@ -711,7 +711,8 @@ class DFTD3(RationalDispersion):
         q = self.r4r2_charge()[tables.element]
         ratio = 3.0 * q.unsqueeze(1) * q
         r0 = self.a1 * ratio.sqrt() + self.a2
-        member = torch.nn.functional.one_hot(place.clamp(min=0), q.shape[0]).to(dtype)
+        place = place.clamp(min=0)
+        member = torch.nn.functional.one_hot(place, q.shape[0]).to(dtype)
         return PairConstants([(r0**6).to(dtype), (r0**8).to(dtype), (self.s8 * ratio).to(dtype)], place, member)
 
     def counts(self, block: nbops.PairBlock, radius: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -793,7 +794,9 @@ class DFTD3(RationalDispersion):
             energy = energy + block.weight * sum_over_j(e_ij * within, block, cn.shape[0])
         if self.s9 != 0.0:
             sides = self.triangle_sides(data, pairs, kept)
-            energy = energy + self.triple_energies(sides, atoms, self.triple_constants(place, tables, energy))
+            energy = energy + self.triple_energies(
+                sides, atoms, self.triple_constants(place, tables, data["coord"].dtype)
+            )
         return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
 
     def energy_with_first_derivatives(self, data: dict[str, Tensor]) -> Tensor:
@@ -876,7 +879,9 @@ class DFTD3(RationalDispersion):
 
         if self.s9 != 0.0:
             sides = self.triangle_sides(inner, pairs, kept)
-            triples = self.triple_derivatives(sides, weights, slopes, self.triple_constants(place, tables, energy))
+            triples = self.triple_derivatives(
+                sides, weights, slopes, self.triple_constants(place, tables, data["coord"].dtype)
+            )
             energy, cn_slope = energy + triples.energy, cn_slope + triples.cn
             gradient = gradient.index_add(0, sides.j, triples.sides.t()) - torch.zeros_like(gradient).index_add(
                 0, sides.i, triples.sides.t()
@@ -927,17 +932,18 @@ class DFTD3(RationalDispersion):
             return atm.sorted_sides(none, none, data["coord"].new_zeros([3, 0]), data["numbers"].numel(), self.bohr)
         return atm.sorted_sides(torch.cat(i), torch.cat(j), torch.cat(r_ij, 1), data["numbers"].numel(), self.bohr)
 
-    def triple_constants(self, place: Tensor, tables: References, like: Tensor) -> PairConstants:
+    def triple_constants(self, place: Tensor, tables: References, dtype: torch.dtype) -> PairConstants:
         """Of each pair of elements R^{16/3}, R in Bohr: the damping of a side."""
         radius = self.vdw[tables.element][:, tables.element].double() * self.vdw_unit
-        member = torch.nn.functional.one_hot(place.clamp(min=0), radius.shape[0])
-        return PairConstants([radius.pow(self.triple_exponent)], place.clamp(min=0), member)
+        place = place.clamp(min=0)
+        member = torch.nn.functional.one_hot(place, radius.shape[0]).to(dtype)
+        return PairConstants([radius.pow(self.triple_exponent).to(dtype)], place, member)
 
     def triple_energies(self, sides: atm.Sides, atoms: AtomWeights, constants: PairConstants) -> Tensor:
         """Three-body energies (n,), Hartree, float64, by the first corner."""
-        dtype, n_atoms = sides.r_ij.dtype, atoms.place.shape[0]
+        n_atoms = atoms.place.shape[0]
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=sides.r_ij.device)
-        table, member = constants.tables[0].to(dtype), constants.member.to(dtype)
+        table, member = constants.tables[0], constants.member
         c6, radius = self.of_sides(sides, atoms, table)
         for block in atm.triangle_blocks(sides, self.block_pairs):
             t = atm.triangles(sides, block)
@@ -969,7 +975,7 @@ class DFTD3(RationalDispersion):
     ) -> TripleDerivatives:
         """Three-body energy and its first derivatives, written out."""
         dtype, device, n_atoms = sides.r_ij.dtype, sides.r_ij.device, atoms.place.shape[0]
-        table, member = constants.tables[0].to(dtype), constants.member.to(dtype)
+        table, member = constants.tables[0], constants.member
         c6, radius = self.of_sides(sides, atoms, table)
         n_sides = sides.i.shape[0]
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=device)
