@@ -558,6 +558,20 @@ def test_d4_is_part_of_the_energy(own_checkpoint, tmp_path, dimer):
     assert own.parameters == parameters
 
 
+def test_three_body_energy_of_d3(own_checkpoint, tmp_path, dimer):
+    from aimnet2mult.dispersion import DFTD3
+    from aimnet2mult.nbops import internal_batch
+
+    chosen = choose_dispersion("d3bj", "pbe", {"s9": 1.0})
+    energies = [
+        energy(compile_model(own_checkpoint, tmp_path / "m", fidelity_level=0, dispersion=dispersion)[0], dimer)
+        for dispersion in (choose_dispersion("none"), choose_dispersion("d3bj", "pbe"), chosen)
+    ]
+    expected = DFTD3(**chosen.parameters)(internal_batch(dimer, 5.0))["energy"]
+    torch.testing.assert_close(energies[2] - energies[0], expected, rtol=0, atol=1e-8)
+    assert abs(energies[2] - energies[1]) > 1e-6
+
+
 def test_d4_is_not_counted_twice(run, with_ledger):
     result, files = run(
         *("--weights", with_ledger("none"), "--fidelity-level", "xtb"),
