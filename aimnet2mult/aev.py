@@ -236,7 +236,7 @@ class AEVSV(nn.Module):
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add ``_g_s`` and ``_g_v`` for the pairs of the network."""
-        d_ij, r_ij, _ = nbops.pair_vectors(data, "")
+        d_ij, r_ij, _ = nbops.pair_vectors(data)
         # Differences are taken in the caller's precision, the basis in that of the network.
         unit = (r_ij / d_ij.unsqueeze(-1)).to(self.rc_s.dtype)
         d_ij = d_ij.to(self.rc_s.dtype)
@@ -364,7 +364,7 @@ class ConvSV(nn.Module):
         if data["_g_s"].dim() == 4:
             s, v = self._sums_dense(data["_g_s"], data["_g_v"], a)
         else:
-            s, v = self._sums_flat(data["_g_s"], data["_g_v"], nbops.neighbors(a, data, ""))
+            s, v = self._sums_flat(data["_g_s"], data["_g_v"], nbops.neighbors(a, data))
         return self._invariants(s, v).view(list(data["numbers"].shape) + [-1])
 
     def from_sums(self, sums: Tensor) -> Tensor:

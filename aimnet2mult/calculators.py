@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
@@ -46,11 +47,11 @@ def check_parity(numbers: np.ndarray, charge: int, mult: int) -> None:
 
 
 class AIMNet2Calculator(Calculator):
-    """Energy, forces and charges of a compiled model.
+    """Energy, forces, stress and charges of a compiled model.
 
     Properties: ``energy`` and ``free_energy`` (eV, the same number), ``forces`` (eV/Å), ``charges`` (e), for
-    molecules ``dipole`` of the charges about the centre of mass (e·Å), and ``magmoms`` (spin charges) if the model
-    gives them.
+    molecules ``dipole`` of the charges about the centre of mass (e·Å), for crystals ``stress`` (eV/Å³, Voigt order),
+    and ``magmoms`` (spin charges) if the model gives them.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ class AIMNet2Calculator(Calculator):
         self.charge = None if charge is None else _integer(charge, "charge")
         self.mult = None if mult is None else _integer(mult, "mult")
         self._state: tuple[int, int] | None = None
-        self.implemented_properties = ["energy", "free_energy", "forces", "charges", "dipole"]
+        self.implemented_properties = ["energy", "free_energy", "forces", "stress", "charges", "dipole"]
         if self._spin_resolved():
             self.implemented_properties.append("magmoms")
 
@@ -126,7 +127,7 @@ class AIMNet2Calculator(Calculator):
         if pbc.any():
             if not pbc.all():
                 raise ValueError(f"periodic in some directions only (pbc = {pbc.tolist()}): all or none is supported")
-            data["cell"] = torch.as_tensor(atoms.get_cell().array, dtype=torch.float64)
+            data["cell"] = torch.as_tensor(atoms.get_cell().array[None], dtype=torch.float64)
         return {key: value.to(self.device) for key, value in data.items()}
 
     def calculate(
@@ -140,7 +141,12 @@ class AIMNet2Calculator(Calculator):
         atoms = self.atoms
         assert atoms is not None
         self._state = self.charge_and_mult(atoms)
-        out = {key: value[0].cpu().numpy() for key, value in self.model(self.batch(atoms)).items()}
+        data = self.batch(atoms)
+        with_stress = "stress" in properties
+        if with_stress and "cell" not in data:
+            raise PropertyNotImplementedError("a molecule without a cell has no stress")
+        self.model.module.compute_stress = with_stress
+        out = {key: value[0].cpu().numpy() for key, value in self.model(data).items()}
         energy = float(out["energy"])
         self.results = {
             "energy": energy,
@@ -151,6 +157,10 @@ class AIMNet2Calculator(Calculator):
         if not atoms.get_pbc().any():
             positions = atoms.get_positions() - atoms.get_center_of_mass()
             self.results["dipole"] = self.results["charges"] @ positions
+        if with_stress:
+            if "stress" not in out:
+                raise PropertyNotImplementedError("this file gives no stress: compile the model again")
+            self.results["stress"] = full_3x3_to_voigt_6_stress(out["stress"].astype(np.float64))
         if "spin_charges" in out:
             self.results["magmoms"] = out["spin_charges"].astype(np.float64)
 
@@ -167,7 +177,7 @@ class AIMNet2Calculator(Calculator):
         return self.get_property("magmoms", atoms)
 
     def get_hessian(self, atoms: Atoms | None = None, method: str = "autograd") -> np.ndarray:
-        """Second derivatives of the energy of a molecule, (3N, 3N), eV/Å² (`JitModel.hessian`)."""
+        """Second derivatives of the energy, (3N, 3N), eV/Å² (`JitModel.hessian`)."""
         atoms = atoms if atoms is not None else self.atoms
         if atoms is None:
             raise ValueError("get_hessian needs atoms: none were given and none were calculated before")
@@ -180,46 +190,37 @@ class MultiFidelityCalculator(AIMNet2Calculator):
 
     Parameters
     ----------
-    model_dir : str or Path
-        Folder with one ``<prefix>_fid<N>.jpt`` per fidelity.
+    models : str or Path
+        Folder with one ``<prefix>_fid<N>.jpt`` per fidelity, or one file of all (``compile_jit --combined``).
     fidelity : int or str, optional
-        Active fidelity, by number or by name; default the lowest number.
+        Active fidelity, by number or by name; default that of the file, or the lowest number.
     charge, mult, device
         As in `AIMNet2Calculator`.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No folder, no or ambiguous files in it, unknown fidelity.
+        No folder, no or ambiguous files in it, a file of one fidelity, unknown fidelity.
     """
 
     def __init__(
         self,
-        model_dir: str | Path,
+        models: str | Path,
         fidelity: int | str | None = None,
         charge: int | None = None,
         mult: int | None = None,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        folder = Path(model_dir)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder")
-        files: dict[int, Path] = {}
-        for path in sorted(folder.glob("*.jpt")):
-            match = FIDELITY_FILE.search(path.name)
-            if match is None:
-                continue
-            level = int(match.group(1))
-            if level in files:
-                raise ValueError(f"{folder}: two files for fidelity {level}: {files[level].name} and {path.name}")
-            files[level] = path
-        if not files:
-            raise FileNotFoundError(f"{folder}: no compiled models named <prefix>_fid<N>.jpt")
+        path = Path(models)
         device = device or _default_device()
-        self.models = {level: load_jit_model(files[level], device) for level in sorted(files)}
-        self.names = {level: str(m.metadata.get("fidelity_name") or level) for level, m in self.models.items()}
-        self.fidelity = self._level(min(self.models) if fidelity is None else fidelity)
+        self.combined = path.is_file()
+        if self.combined:
+            self.models, self.names, first = _models_of_file(path, device)
+        else:
+            self.models, self.names = _models_of_folder(path, device)
+            first = min(self.models)
+        self.fidelity = self._level(first if fidelity is None else fidelity)
         super().__init__(self.models[self.fidelity], charge, mult, device, **kwargs)
 
     def _level(self, fidelity: int | str) -> int:
@@ -232,6 +233,13 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         known = [f"{level}" if name == str(level) else f"{level} ({name})" for level, name in self.names.items()]
         raise ValueError(f"fidelity {fidelity!r}: {nearest(str(fidelity), known)}")
 
+    def batch(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+        """The batch of one molecule that the model of the active fidelity is called with."""
+        return self._at(super().batch(atoms), self.fidelity)
+
+    def _at(self, data: dict[str, torch.Tensor], fidelity: int) -> dict[str, torch.Tensor]:
+        return {**data, "fidelity": torch.tensor(fidelity, device=self.device)} if self.combined else data
+
     def set_fidelity(self, fidelity: int | str) -> None:
         """Make another fidelity the active one; results of the former are forgotten."""
         self.fidelity = self._level(fidelity)
@@ -241,4 +249,32 @@ class MultiFidelityCalculator(AIMNet2Calculator):
     def energies(self, atoms: Atoms) -> dict[int, float]:
         """Total energy of ``atoms`` in every fidelity, eV; the active one stays as it is."""
         data = self.batch(atoms)
-        return {level: float(model(data)["energy"]) for level, model in self.models.items()}
+        return {level: float(model(self._at(data, level))["energy"]) for level, model in self.models.items()}
+
+
+def _models_of_file(path: Path, device: str) -> tuple[dict[int, JitModel], dict[int, str], int]:
+    """The one model of a file under the number of each of its fidelities, their names, and the file's default."""
+    model = load_jit_model(path, device)
+    names = getattr(model.module, "fidelity_names", None)
+    if names is None:
+        raise ValueError(f"{path}: a model of one fidelity: use AIMNet2Calculator, or a file of compile_jit --combined")
+    return dict.fromkeys(range(len(names)), model), dict(enumerate(names)), int(model.module.default_fidelity)
+
+
+def _models_of_folder(folder: Path, device: str) -> tuple[dict[int, JitModel], dict[int, str]]:
+    """Models of one fidelity by number, and their names."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.jpt")):
+        match = FIDELITY_FILE.search(path.name)
+        if match is None:
+            continue
+        level = int(match.group(1))
+        if level in files:
+            raise ValueError(f"{folder}: two files for fidelity {level}: {files[level].name} and {path.name}")
+        files[level] = path
+    if not files:
+        raise FileNotFoundError(f"{folder}: no compiled models named <prefix>_fid<N>.jpt")
+    models = {level: load_jit_model(files[level], device) for level in sorted(files)}
+    return models, {level: str(m.metadata.get("fidelity_name") or level) for level, m in models.items()}

@@ -403,6 +403,7 @@ class DFTD4(nn.Module):
         self.group_pairs = GROUP_PAIRS
         self.masked_distance = nbops.MASKED_DISTANCE
         self.cutoff_lr = PAIR_CUTOFF_BOHR * BOHR_ANGSTROM
+        self.molecules_only = True
         self.cutoff_lr_periodic = self.cutoff_lr
 
         data, d3 = torch.load(D4_DATA, weights_only=True), torch.load(D3_DATA, weights_only=True)

@@ -116,12 +116,12 @@ class SRCoulomb(nn.Module):
     def neighbor_energy(self, kernel: Tensor, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
         """½ Σ_i q_i Σ_j q_j K_ij over the pairs of the network (`nbops.pair_vectors`): (B,) float64, e²/Å."""
         q = data[self.key_in]
-        potential = nbops.neighbor_sum(kernel * nbops.neighbors(q, data, ""), mask)
+        potential = nbops.neighbor_sum(kernel * nbops.neighbors(q, data), mask)
         return 0.5 * nbops.mol_sum(q.double() * potential, data)
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Subtract from ``key_out``, or set it to minus the short-range energy."""
-        d_ij, _, mask = nbops.pair_vectors(data, "")
+        d_ij, _, mask = nbops.pair_vectors(data)
         kernel = self.envelope_weight(d_ij) / d_ij
         energy = -self.factor * self.neighbor_energy(kernel, mask, data)
         if self.key_out in data:
@@ -286,7 +286,7 @@ class LRCoulomb(SRCoulomb):
             Width of the Ewald sum of each crystal (B,), 1/Å; of other terms empty.
         """
         if not nbops.is_flat(data):
-            d_ij, _, mask = nbops.pair_vectors(data, "")
+            d_ij, _, mask = nbops.pair_vectors(data)
             if term == "simple":
                 kernel = (1.0 - self.envelope_weight(d_ij)) / d_ij
             else:

@@ -199,7 +199,7 @@ def unpack_atoms(x: Tensor, data: dict[str, Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def neighbors(x: Tensor, data: dict[str, Tensor], suffix: str) -> Tensor:
+def neighbors(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     """Values of the neighbours j of each atom i, to be combined with ``x.unsqueeze(-1 or 1)`` of atom i.
 
     Parameters
@@ -208,8 +208,6 @@ def neighbors(x: Tensor, data: dict[str, Tensor], suffix: str) -> Tensor:
         Atomic quantity, (B, N, ...) or (A, ...).
     data : dict
         The batch.
-    suffix : str
-        ``""`` for the neighbours of the network, ``"_lr"`` for those of the long-range terms.
 
     Returns
     -------
@@ -218,7 +216,7 @@ def neighbors(x: Tensor, data: dict[str, Tensor], suffix: str) -> Tensor:
     """
     if not is_flat(data):
         return x.unsqueeze(1)
-    return x[data["nbmat" + suffix]]
+    return x[data["nbmat"]]
 
 
 def center(x: Tensor, data: dict[str, Tensor]) -> Tensor:
@@ -226,7 +224,7 @@ def center(x: Tensor, data: dict[str, Tensor]) -> Tensor:
     return x.unsqueeze(data["coord"].dim() - 1)
 
 
-def pair_mask(data: dict[str, Tensor], suffix: str) -> Tensor:
+def pair_mask(data: dict[str, Tensor]) -> Tensor:
     """Tell which pairs count: both atoms real, and not an atom with itself.
 
     Returns
@@ -236,25 +234,20 @@ def pair_mask(data: dict[str, Tensor], suffix: str) -> Tensor:
         neighbour only with a lattice shift, which is a pair like any other.
     """
     real = real_atoms(data["numbers"])
-    mask = center(real, data) & neighbors(real, data, suffix)
+    mask = center(real, data) & neighbors(real, data)
     if not is_flat(data):
         n_atoms = real.shape[1]
         mask = mask & ~torch.eye(n_atoms, dtype=torch.bool, device=mask.device)
     return mask
 
 
-def pair_vectors(
-    data: dict[str, Tensor], suffix: str, masked_distance: float = MASKED_DISTANCE
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_vectors(data: dict[str, Tensor], masked_distance: float = MASKED_DISTANCE) -> tuple[Tensor, Tensor, Tensor]:
     """Distances and vectors from each atom to its neighbours, computed once per batch and kept in it.
 
     Parameters
     ----------
     data : dict
-        The batch. The result is stored under ``_d_ij, _r_ij, _mask_ij`` (+ ``suffix``); in dense layout the
-        long-range pairs are the same as the others.
-    suffix : str
-        As in `neighbors`.
+        Internal batch. The result is stored under ``_d_ij, _r_ij, _mask_ij``.
     masked_distance : float
         Distance of pairs that do not count, Å.
 
@@ -268,27 +261,20 @@ def pair_vectors(
         bool, shape of ``d_ij``: pairs that count (`pair_mask`).
     """
     coord = data["coord"]
-    if not is_flat(data):
-        suffix = ""
-    if "_d_ij" + suffix in data:
-        return data["_d_ij" + suffix], data["_r_ij" + suffix], data["_mask_ij" + suffix]
-    mask = pair_mask(data, suffix)
-    r_ij = neighbors(coord, data, suffix) - center(coord, data)
-    shifts_key = "shifts" + suffix
-    if "cell" in data and shifts_key in data:
-        cell = data["cell"]
-        shifts = data[shifts_key].to(coord.dtype)
-        if cell.dim() == 3:
-            r_ij = r_ij + torch.einsum("imk,ikd->imd", [shifts, cell[data["mol_idx"]]])
-        else:
-            r_ij = r_ij + shifts @ cell
+    if "_d_ij" in data:
+        return data["_d_ij"], data["_r_ij"], data["_mask_ij"]
+    mask = pair_mask(data)
+    r_ij = neighbors(coord, data) - center(coord, data)
+    if "cell" in data and "shifts" in data:
+        mol_idx = data["mol_idx"].unsqueeze(1)
+        r_ij = r_ij + lattice_vectors(data["shifts"].to(coord.dtype), data["cell"], mol_idx).movedim(0, -1)
     # Replace the vector, not the distance: the norm at zero has no second derivative, masked afterwards or not.
     outside = torch.tensor([masked_distance, 0.0, 0.0], dtype=coord.dtype, device=coord.device)
     r_ij = torch.where(mask.unsqueeze(-1), r_ij, outside)
     d_ij = torch.linalg.vector_norm(r_ij, dim=[-1])
-    data["_d_ij" + suffix] = d_ij
-    data["_r_ij" + suffix] = r_ij
-    data["_mask_ij" + suffix] = mask
+    data["_d_ij"] = d_ij
+    data["_r_ij"] = r_ij
+    data["_mask_ij"] = mask
     return d_ij, r_ij, mask
 
 
@@ -403,7 +389,7 @@ def pair_block(
     coord = data["coord"]
     device = coord.device
     if not is_flat(data):
-        d_ij, r_ij, mask = pair_vectors(data, "")
+        d_ij, r_ij, mask = pair_vectors(data)
         if not math.isinf(pairs.cutoff):
             mask = mask & (d_ij < pairs.cutoff)
         places = torch.arange(data["numbers"].numel(), device=device).view(data["numbers"].shape)
@@ -585,14 +571,17 @@ def attach_gradient(energy: Tensor, x: Tensor, gradient: Tensor, data: dict[str,
     energy : Tensor
         (B,) float64.
     x : Tensor
-        Atomic quantity, (A, ...), of a flat batch.
+        Atomic quantity, (A, ...) or (B, N, ...).
     gradient : Tensor
         Derivative of the sum of ``energy``, shape of ``x``.
     data : dict
         Internal batch.
     """
     terms = (x - x.detach()) * gradient.to(x.dtype)
-    return energy + mol_sum(terms.flatten(1).sum(dim=1) if terms.dim() > 1 else terms, data).to(energy.dtype)
+    n_axes = data["numbers"].dim()
+    if terms.dim() > n_axes:
+        terms = terms.flatten(n_axes).sum(dim=-1)
+    return energy + mol_sum(terms, data).to(energy.dtype)
 
 
 def attach_cell_gradient(energy: Tensor, cell: Tensor, gradient: Tensor) -> Tensor:
@@ -699,14 +688,12 @@ def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: i
     return value
 
 
-def internal_batch(
-    data: dict[str, Tensor], cutoff: float, cutoff_lr: float = 0.0, dense_limit: int = 256
-) -> dict[str, Tensor]:
+def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 256) -> dict[str, Tensor]:
     """Copy the documented inputs of a batch into a new dictionary, in one of the two layouts that the model works in.
 
     Molecules that are not periodic, bring no neighbour matrix and have at most ``dense_limit`` places are in dense
     layout if they came so, or if there is one alone; everything else becomes flat with a padding atom at the end.
-    Missing neighbour matrices are made.
+    The neighbour matrix of the network is made where it is missing.
 
     Parameters
     ----------
@@ -716,8 +703,6 @@ def internal_batch(
         ``nbmat`` (A, M), then the last atom is padding.
     cutoff : float
         Cutoff of the network, Å.
-    cutoff_lr : float
-        Largest distance that a long-range term needs, Å; 0 if there is none, ``inf`` for all pairs.
     dense_limit : int
         See above.
 
@@ -732,7 +717,7 @@ def internal_batch(
     Raises
     ------
     ValueError
-        Shapes that do not fit, missing keys, a cell together with a long-range term of infinite range.
+        Shapes that do not fit, missing keys, a singular cell.
     """
     check_batch(data)
     coord, numbers = data["coord"], data["numbers"].long()
@@ -806,20 +791,6 @@ def internal_batch(
         out["nbmat"] = nbmat
         if shifts is not None:
             out["shifts"] = shifts
-    if cutoff_lr > 0.0 and "nbmat_lr" not in out:
-        if cutoff_lr <= cutoff and "nbmat" not in data:
-            out["nbmat_lr"] = out["nbmat"]
-            if "shifts" in out:
-                out["shifts_lr"] = out["shifts"]
-        else:
-            packed = torch.full([numbers.shape[0]], real_idx.shape[0], dtype=torch.long, device=device)
-            packed = packed.index_copy(0, real_idx, torch.arange(real_idx.shape[0], device=device))
-            nbmat, shifts = neighbor_matrix(coord[real_idx], mol_idx[real_idx], cutoff_lr, cell)
-            # Rows and entries from packed atoms to the batch; padding rows share the padding row of the list.
-            places = torch.cat([real_idx, torch.tensor([numbers.shape[0] - 1], device=device)])
-            out["nbmat_lr"] = places[nbmat][packed]
-            if shifts is not None:
-                out["shifts_lr"] = shifts[packed]
     return out
 
 

@@ -7,7 +7,7 @@ from aimnet2mult.modules import MLP, AtomicShift, AtomicSum, Dipole, Embedding, 
 
 @pytest.fixture
 def batch(molecules):
-    data = nbops.internal_batch(molecules(), 5.0, 0.0)
+    data = nbops.internal_batch(molecules(), 5.0)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(data["numbers"].shape, generator=generator, dtype=torch.float64)
     data["charges"] = q  # padding too: it must not count

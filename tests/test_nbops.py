@@ -22,7 +22,7 @@ def test_fidelity_round_trip(numbers, fidelity, offset):
 
 
 def test_pack_and_unpack_are_inverse(molecules):
-    batch = nbops.internal_batch(molecules(), 5.0, 0.0)
+    batch = nbops.internal_batch(molecules(), 5.0)
     x = nbops.mask_padding(torch.randn(*batch["numbers"].shape, 4), batch)
     packed = nbops.pack_atoms(x, batch)
     assert packed.shape == (int((batch["numbers"] > 0).sum()), 4)
@@ -36,9 +36,9 @@ def test_mol_sum_is_the_same_in_both_layouts(molecules, to_flat):
 
 
 def test_pairs_are_computed_once_and_masked_ones_are_far(molecules):
-    batch = nbops.internal_batch(molecules(), 5.0, torch.inf)
-    d_ij, _, mask = nbops.pair_vectors(batch, "")
-    assert nbops.pair_vectors(batch, "_lr")[0] is d_ij
+    batch = nbops.internal_batch(molecules(), 5.0)
+    d_ij, _, mask = nbops.pair_vectors(batch)
+    assert nbops.pair_vectors(batch)[0] is d_ij
     assert (d_ij[~mask] == nbops.MASKED_DISTANCE).all()
     n_atoms = (batch["numbers"] > 0).sum(1)
     assert (mask.sum((1, 2)) == n_atoms * (n_atoms - 1)).all()
@@ -47,7 +47,7 @@ def test_pairs_are_computed_once_and_masked_ones_are_far(molecules):
 def test_input_is_left_as_it_is(molecules):
     data = molecules()
     before = {key: value.clone() for key, value in data.items()}
-    nbops.pair_vectors(nbops.internal_batch(data, 5.0, 0.0), "")
+    nbops.pair_vectors(nbops.internal_batch(data, 5.0))
     assert data.keys() == before.keys()
     assert all(torch.equal(data[key], before[key]) for key in data)
 
@@ -65,9 +65,9 @@ def test_input_is_left_as_it_is(molecules):
 def test_shapes_that_do_not_fit(change, message):
     data = {"coord": torch.rand(2, 3, 3), "numbers": torch.ones(2, 3, dtype=torch.long), **change}
     with pytest.raises(ValueError, match=message):
-        nbops.internal_batch(data, 5.0, 0.0)
+        nbops.internal_batch(data, 5.0)
 
 
 def test_missing_keys():
     with pytest.raises(ValueError, match="coord and numbers"):
-        nbops.internal_batch({"coord": torch.zeros(1, 1, 3)}, 5.0, 0.0)
+        nbops.internal_batch({"coord": torch.zeros(1, 1, 3)}, 5.0)

@@ -244,7 +244,7 @@ class D3Correction:
                 "coord": torch.tensor(coord[rows], dtype=torch.float64),
                 "numbers": torch.tensor(numbers[rows], dtype=torch.long),
             }
-            yield rows, nbops.internal_batch(data, self._d3.cutoff_lr, self._d3.cutoff_lr)
+            yield rows, nbops.internal_batch(data, self._d3.cutoff_lr)
 
 
 def subtraction(label: DispersionLabel, where: str) -> D3Correction:

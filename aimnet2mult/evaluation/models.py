@@ -229,6 +229,7 @@ def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
         model = load_jit_model(path, device)
     except AttributeError as error:
         raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit ({error})") from error
+    model.module.check_spin = False  # as of checkpoints
     parts = model.metadata.get("fidelities")
     found = parts or [model.metadata]
     if not model.species or any("sae" not in metadata for metadata in found):
@@ -301,6 +302,7 @@ def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:
         name = names[fidelity]
         label = f"fidelity {fidelity}" + (f" ({name})" if name else "")
         model = DeployableModel(network, species, label).to(device).eval()
+        model.check_spin = False  # labels without a multiplicity were trained on as they are
         predict = predict_totals(model, network.afv.weight.dtype, device, sae)
         made = Predictor(title, fidelity, name, species, sae, predict)
         if subtracted is not None:

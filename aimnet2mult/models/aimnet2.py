@@ -181,8 +181,7 @@ class AIMNet2(nn.Module):
             The caller's keys, ``energy`` (B,) float64, ``charges``, ``spin_charges`` (2 channels), ``aim`` and what
             further readouts write, in the caller's layout.
         """
-        cutoff_lr = self.cutoff_lr_periodic if "cell" in data else self.cutoff_lr
-        batch = nbops.internal_batch(data, self.cutoff, cutoff_lr)
+        batch = nbops.internal_batch(data, self.cutoff)
         batch = self.readout(self.encode(batch))
         return nbops.emitted_batch(batch, data, self._atom_keys)
 

@@ -85,6 +85,7 @@ class DeployableModel(nn.Module):
         self.check_spin = True
         self.dense_limit = DENSE_LIMIT
         self.coulomb_method = next((str(m.method) for m in model.readouts() if hasattr(m, "method")), "none")
+        self.molecules_only = next((type(m).__name__ for m in model.readouts() if hasattr(m, "molecules_only")), "")
         self.spin_resolved = model.num_charge_channels == 2
         self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind == "atom" and name != "hessian"]
         self.symbols = list(ELEMENT_SYMBOLS)
@@ -127,8 +128,7 @@ class DeployableModel(nn.Module):
             return self.nothing(inputs)
         grad_mode = torch.is_grad_enabled()
         keep_graph = grad_mode and (data["coord"].requires_grad or ("cell" in data and data["cell"].requires_grad))
-        cutoff_lr = self.cutoff_lr_periodic if "cell" in data else self.cutoff_lr
-        batch = nbops.internal_batch(inputs, self.cutoff, cutoff_lr, self.dense_limit)
+        batch = nbops.internal_batch(inputs, self.cutoff, self.dense_limit)
 
         # From here to the switch back nothing may raise: grad mode would stay on for the caller.
         torch.set_grad_enabled(True)
@@ -161,7 +161,7 @@ class DeployableModel(nn.Module):
         if flat and not (keep_graph or self.compute_hessian or own_neighbors) and self.model.one_length:
             out, coord_gradient, cell_gradient = self.model.first_derivatives(batch)
         else:
-            by = [batch["coord"] if keep_graph else nbops.leaf(batch["coord"])]
+            by = [batch["coord"] if keep_graph and batch["coord"].requires_grad else nbops.leaf(batch["coord"])]
             batch["coord"] = by[0]
             if with_stress:
                 by.append(batch["cell"] if keep_graph and batch["cell"].requires_grad else nbops.leaf(batch["cell"]))
@@ -198,13 +198,17 @@ class DeployableModel(nn.Module):
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
         nbops.check_values(data)
-        if data["coord"].is_inference():
-            raise ValueError("forces cannot be computed under torch.inference_mode(): use torch.no_grad()")
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(
                 "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; choose "
                 "dsf or ewald: compile_jit --coulomb ewald, or set_coulomb_method of the loaded model"
             )
+        if "cell" in data and len(self.molecules_only) > 0:
+            raise ValueError(
+                f"{self.molecules_only} is for molecules: leave the cell out, or compile the model with D3"
+            )
+        if "fidelity" in data:
+            raise ValueError("this model is of one fidelity and has no choice: leave the key fidelity out")
         if self.compute_hessian and nbops.is_flat(data) and nbops.count_molecules(data) > 1:
             raise ValueError("a Hessian needs a dense batch (B, N, 3), or one molecule or crystal")
         if self.compute_hessian and "cell" in data and nbops.count_molecules(data) > 1:
@@ -214,6 +218,9 @@ class DeployableModel(nn.Module):
         known = (numbers >= 0) & (numbers < n_known)
         known = known & self.allowed[numbers.clamp(0, n_known - 1)]
         finite = torch.isfinite(data["coord"]).all()
+        # A tensor made here tells whether the caller is in inference mode.
+        if finite.is_inference():
+            raise ValueError("forces cannot be computed under torch.inference_mode(): use torch.no_grad()")
         for key in ["charge", "mult", "cell"]:
             if key in data:
                 finite = finite & torch.isfinite(data[key]).all().to(finite.device)
@@ -259,7 +266,7 @@ class DeployableModel(nn.Module):
 
     @torch.jit.export
     def set_coulomb_method(
-        self, method: str, cutoff: float = 15.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+        self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
     ) -> None:
         """Choose how the Coulomb energy beyond the short range of the network is summed.
 
@@ -268,7 +275,7 @@ class DeployableModel(nn.Module):
         method : str
             ``simple`` (all pairs; molecules only), ``dsf`` or ``ewald``.
         cutoff : float
-            Of ``dsf``, Å.
+            Of ``dsf``, or of the real-space sum of ``ewald``, Å; 0 for 15 Å, or for the cheapest one.
         dsf_alpha : float
             Damping of ``dsf``, 1/Å.
         ewald_accuracy : float
@@ -283,7 +290,7 @@ class DeployableModel(nn.Module):
             raise ValueError("this model has no Coulomb energy beyond the network")
         for module in self.model.outputs.values():
             if hasattr(module, "set_method"):
-                module.set_method(method, cutoff, dsf_alpha, ewald_accuracy)
+                module.set_method(method, cutoff, dsf_alpha, ewald_accuracy)  # type: ignore[operator]
         self.coulomb_method = method
         self.update_ranges()
 
@@ -292,7 +299,7 @@ class DeployableModel(nn.Module):
         """Set the range of the D3 pairs (Å), and the fraction of it over which they are switched off."""
         for module in self.model.outputs.values():
             if hasattr(module, "set_cutoff"):
-                module.set_cutoff(cutoff, smoothing_fraction)
+                module.set_cutoff(cutoff, smoothing_fraction)  # type: ignore[operator]
         self.update_ranges()
 
     def update_ranges(self) -> None:
@@ -301,8 +308,11 @@ class DeployableModel(nn.Module):
         self.cutoff_lr_periodic = 0.0
         for module in self.model.outputs.values():
             if hasattr(module, "cutoff_lr"):
-                self.cutoff_lr = max(self.cutoff_lr, module.cutoff_lr)
-                self.cutoff_lr_periodic = max(self.cutoff_lr_periodic, module.cutoff_lr_periodic)
+                # nn.Module says that attributes are tensors or modules.
+                cutoff: float = module.cutoff_lr  # type: ignore[assignment]
+                cutoff_periodic: float = module.cutoff_lr_periodic  # type: ignore[assignment]
+                self.cutoff_lr = max(self.cutoff_lr, cutoff)
+                self.cutoff_lr_periodic = max(self.cutoff_lr_periodic, cutoff_periodic)
 
     def element_names(self, numbers: list[int]) -> str:
         """``[1, 35]`` -> ``"H (1), Br (35)"``."""
@@ -376,7 +386,7 @@ class JitModel:
             return self.module(data)
 
     def set_coulomb_method(
-        self, method: str, cutoff: float = 15.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+        self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
     ) -> None:
         """Choose how long-range Coulomb energies are summed, see `DeployableModel.set_coulomb_method`."""
         with _errors_of_one_line():

@@ -62,6 +62,7 @@ from aimnet2mult.config.builder import ConfigError, nearest
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2
 from aimnet2mult.modules import MLP, Forces
+from aimnet2mult.neighborlist import neighbor_matrix
 from aimnet2mult.train.engine import BATCH_TYPES
 from aimnet2mult.train.schema import TrainConfig, TrainerConfig
 
@@ -286,10 +287,8 @@ class CompiledForces(Forces):
 
     def _run(self, data: Batch, with_forces: bool) -> Batch:
         model = self._network[0].model
-        batch = nbops.internal_batch(
-            data, model.cutoff, model.cutoff_lr_periodic if "cell" in data else model.cutoff_lr
-        )
-        inputs = batch if nbops.is_flat(batch) else _padded(batch)
+        batch = nbops.internal_batch(data, model.cutoff)
+        inputs = _with_long_range_matrix(batch, model) if nbops.is_flat(batch) else _padded(batch)
         places = _places(model, inputs)
         # Copies, since views and other strides would make graphs of their own.
         inputs = {
@@ -307,6 +306,23 @@ class CompiledForces(Forces):
                 results = self._compiled_results(*arguments)
         kept = {key: _without_padding(value, key in model._atom_keys, batch) for key, value in results.items()}
         return nbops.emitted_batch({**batch, **kept}, data, model._atom_keys)
+
+
+def _with_long_range_matrix(batch: Batch, model: AIMNet2) -> Batch:
+    """Flat internal batch with the neighbours of the long-range terms, which no compiled graph can search for."""
+    cutoff = model.cutoff_lr_periodic if "cell" in batch else model.cutoff_lr
+    if cutoff == 0.0 or "nbmat_lr" in batch:
+        return batch
+    real, n_rows = batch["_real_idx"], batch["numbers"].shape[0]
+    nbmat, shifts = neighbor_matrix(batch["coord"][real], batch["mol_idx"][real], cutoff, batch.get("cell"))
+    # Rows and entries from packed atoms to the batch; padding rows share the padding row of the list.
+    packed = torch.full((n_rows,), len(real), device=real.device)
+    packed[real] = torch.arange(len(real), device=real.device)
+    places = torch.cat([real, torch.tensor([n_rows - 1], device=real.device)])
+    batch = {**batch, "nbmat_lr": places[nbmat][packed]}
+    if shifts is not None:
+        batch["shifts_lr"] = shifts[packed]
+    return batch
 
 
 def _padded(batch: Batch) -> Batch:

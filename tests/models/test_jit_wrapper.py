@@ -31,7 +31,7 @@ def expected_energy(reference, molecules):
     for z, energy in SAE.items():
         sae[z] = energy
     p = d3bj_parameters("b3lyp")
-    d3 = DFTD3(s6=p.s6, s8=p.s8, a1=p.a1, a2=p.a2)(internal_batch(data, 5.0, 100.0))["energy"]
+    d3 = DFTD3(s6=p.s6, s8=p.s8, a1=p.a1, a2=p.a2)(internal_batch(data, 5.0))["energy"]
     return network + sae[data["numbers"]].sum(1) + d3
 
 
