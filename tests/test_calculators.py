@@ -133,3 +133,68 @@ def test_folders_without_models(tmp_path, model_dir):
         MultiFidelityCalculator(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no compiled models"):
         MultiFidelityCalculator(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory, fixtures_dir, sae_file):
+    (jpt, _) = compile_model(
+        fixtures_dir / "ref_mixed.pt",
+        tmp_path_factory.mktemp("combined") / "model",
+        model=fixtures_dir / "ref_mixed_model.yaml",
+        fidelity_level="all",
+        combined=True,
+        sae=dict.fromkeys(range(3), sae_file),
+        default_fidelity=1,
+    )
+    return jpt
+
+
+def test_one_file_of_all_fidelities(combined, model_dir, compiled):
+    calc = MultiFidelityCalculator(combined, device="cpu")
+    atoms = molecule("H2O")
+    atoms.calc = calc
+    separate = MultiFidelityCalculator(model_dir, device="cpu").energies(atoms)
+    assert calc.energies(atoms) == separate
+    assert calc.fidelity == 1
+    assert atoms.get_potential_energy() == separate[1]
+    calc.set_fidelity(2)
+    assert atoms.get_potential_energy() == separate[2]
+    with pytest.raises(ValueError, match="a model of one fidelity: use AIMNet2Calculator"):
+        MultiFidelityCalculator(compiled)
+
+
+def crystal():
+    atoms = molecule("H2O")
+    atoms.set_cell([[4.1, 0.0, 0.0], [0.6, 4.4, 0.0], [-0.3, 0.5, 4.7]])
+    atoms.set_pbc(True)
+    return atoms
+
+
+def test_stress_of_a_crystal_is_that_of_ase(compiled):
+    from ase.calculators.fd import calculate_numerical_stress
+
+    model = load_jit_model(compiled)
+    model.module.double()
+    model.set_coulomb_method("ewald")
+    atoms = crystal()
+    atoms.calc = AIMNet2Calculator(model, device="cpu")
+    stress = atoms.get_stress()
+    assert stress.shape == (6,)
+    np.testing.assert_allclose(stress, calculate_numerical_stress(atoms, eps=1e-4), atol=2e-5, rtol=0)
+    assert np.abs(stress).max() > 1e-4
+
+
+def test_molecules_have_no_stress(compiled):
+    from ase.calculators.calculator import PropertyNotImplementedError
+
+    atoms = molecule("H2O")
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    with pytest.raises(PropertyNotImplementedError, match="without a cell"):
+        atoms.get_stress()
+
+
+def test_crystals_need_another_coulomb_method(compiled):
+    atoms = crystal()
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    with pytest.raises(ValueError, match="choose dsf or ewald"):
+        atoms.get_potential_energy()
