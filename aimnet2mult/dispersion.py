@@ -67,6 +67,9 @@ BLOCK_PAIRS_GPU = 2**22
 KEPT_PAIRS = 2**23
 """Up to so many pairs, their distances are kept between sweeps over the pairs instead of computed again."""
 
+NO_REFERENCE = 1000.0
+"""Coordination number in the place of a reference that there is not: its weight is zero in any precision."""
+
 PUBLISHED_TABLES = ("c6ab", "cn_ref", "cnmax", "r4r2", "rcov")
 """Names under which AIMNet2 checkpoints carry copies of the D3 tables."""
 
@@ -96,7 +99,7 @@ def counting_function(d_ij: Tensor, radius_ij: Tensor, steepness: float) -> Tens
     return torch.sigmoid(steepness * (radius_ij / d_ij - 1.0))
 
 
-def reference_weights(cn: Tensor, reference_cn: Tensor, own: Tensor, exponent: float) -> Tensor:
+def reference_weights(cn: Tensor, reference_cn: Tensor, exponent: float) -> Tensor:
     """Weight of each reference in an atom: exp(-k3 (CN - CN_ref)²), normalised over the references of its element.
 
     Normalising in log space (softmax) keeps the weights of an over-coordinated atom finite, where each Gaussian by
@@ -107,19 +110,16 @@ def reference_weights(cn: Tensor, reference_cn: Tensor, own: Tensor, exponent: f
     cn : Tensor
         (..., 1) coordination numbers.
     reference_cn : Tensor
-        (K,) coordination numbers of the references.
-    own : Tensor
-        (..., K) bool: the reference is one of the atom's element; at least one is.
+        (..., S) coordination numbers of the references; `NO_REFERENCE` where there is none, at least one is.
     exponent : float
         k3.
 
     Returns
     -------
     Tensor
-        (..., K), sums to one over K.
+        (..., S), sums to one over S.
     """
-    exponents = -exponent * (cn - reference_cn).square()
-    return torch.softmax(exponents.masked_fill(~own, -math.inf), dim=-1)
+    return torch.softmax(-exponent * (cn - reference_cn).square(), dim=-1)
 
 
 def rational_damping_energy(
@@ -381,47 +381,52 @@ class RationalDispersion(nn.Module):
         return data
 
 
-class References(NamedTuple):
-    """The references of some elements, which stand in one row of K columns, sorted by element.
+class ElementTables(NamedTuple):
+    """What the model needs of some elements, float64 where not said otherwise.
 
-    The last column belongs to no reference; its C6 are zero. With it, each of the E elements has the same number S of
-    columns. The first element is padding (Z = 0), the reference of which has no dispersion.
+    The references of the elements stand in one row of K columns, sorted by element. The last column belongs to no
+    reference; its C6 are zero. With it, each element has the same number S of columns. The first of the E elements is
+    padding (Z = 0), the reference of which has no dispersion; the last stands for all that are not known, and has no
+    numbers (NaN).
 
     Attributes
     ----------
     place
-        (Z + 1,) int64: place of an element among the E; -1 if it is none of them.
+        (Z + 1,) int64: place of an element among the E.
     columns
         (E, S) int64: columns of the references of an element.
     cn
-        (E, S) int32: their coordination numbers, in 1/`DECIMALS`.
+        (E, S): their coordination numbers; `NO_REFERENCE` in columns without one.
     c6
-        (K, K) int32: C6 of two references, Eh·a0⁶ in 1/`DECIMALS`.
-    element
-        (E,) int64: atomic numbers.
+        (K, K): C6 of two references, Eh·a0⁶.
+    radius
+        (E,): covalent radius in the counting function, Å.
+    damping
+        (4, E, E): R0⁶, R0⁸ and s8 times C8/C6 of a pair, and R^{16/3} of the side of a triangle; powers of a0.
     """
 
     place: Tensor
     columns: Tensor
     cn: Tensor
     c6: Tensor
-    element: Tensor
+    radius: Tensor
+    damping: Tensor
 
 
 class PairConstants(NamedTuple):
-    """What the damping of a pair is made of, by elements.
+    """What the damping of pairs is made of, by elements.
 
     Attributes
     ----------
     tables
-        Three of (E, E): R0⁶, R0⁸ and s8 times C8/C6, a0⁶, a0⁸ and a0².
+        (4, E, E): see `ElementTables`.
     place
         (n,) int64: element of each atom of the flattened batch, as a place among the E.
     member
         (n, E): one where the atom is of the element, else zero.
     """
 
-    tables: list[Tensor]
+    tables: Tensor
     place: Tensor
     member: Tensor
 
@@ -469,19 +474,17 @@ class Derivatives(NamedTuple):
     virial: Tensor
 
 
-def element_pairs(x: PairConstants, block: nbops.PairBlock) -> list[Tensor]:
-    """Values of the three tables for the pairs of a block."""
-    out: list[Tensor] = []
+def element_pairs(x: PairConstants, block: nbops.PairBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """R0⁶, R0⁸ and s8 times C8/C6 of the pairs of a block."""
+    tables = x.tables[:3]
     if block.i.dim() < 3 and not is_rectangle(block):
         pair = atom_values(x.place, block.i) * x.member.shape[1] + atom_values(x.place, block.j)
-        for table in x.tables:
-            out.append(atom_values(table.flatten(), pair))
-        return out
+        r0_6, r0_8, s8_ratio = tables.flatten(1).unbind(0)
+        return atom_values(r0_6, pair), atom_values(r0_8, pair), atom_values(s8_ratio, pair)
     # A matrix product with zeros and ones is quicker than look-ups.
-    of_i, of_j = x.place[block.i.squeeze(-1)], x.member[block.j.squeeze(-2)].transpose(-1, -2)
-    for table in x.tables:
-        out.append(table[of_i] @ of_j)
-    return out
+    of_i = tables[:, atom_values(x.place, block.i.squeeze(-1))]
+    r0_6, r0_8, s8_ratio = (of_i @ x.member[block.j.squeeze(-2)].transpose(-1, -2)).unbind(0)
+    return r0_6, r0_8, s8_ratio
 
 
 def pair_products(x: AtomWeights, y: AtomWeights, block: nbops.PairBlock, back: bool) -> Tensor:
@@ -566,7 +569,8 @@ class DFTD3(RationalDispersion):
     fixed_columns: Tensor
     fixed_cn: Tensor
     fixed_c6: Tensor
-    fixed_element: Tensor
+    fixed_radius: Tensor
+    fixed_damping: Tensor
     first_reference: list[int]
 
     def __init__(
@@ -599,10 +603,11 @@ class DFTD3(RationalDispersion):
         counts = torch.bincount(self.element, minlength=self.max_element + 1)
         self.first_reference = [0, *counts.cumsum(0).tolist()]
         self.has_species = False
-        for name in References._fields:
+        for name in ElementTables._fields:
             self.register_buffer(f"fixed_{name}", torch.zeros(0, dtype=torch.int64), persistent=False)
 
         self.s9 = float(s9)
+        self.no_reference = NO_REFERENCE
         self.triple_cutoff = TRIPLE_CUTOFF_BOHR * BOHR_ANGSTROM
         self.vdw_unit = VDW_SCALE * RADIUS_BOHR_PER_ANGSTROM / DECIMALS
         self.triple_exponent = TRIPLE_DAMPING_EXPONENT
@@ -653,13 +658,13 @@ class DFTD3(RationalDispersion):
         elements = sorted(set(species))
         if not elements or elements[0] < 1:
             raise ValueError(f"species must be atomic numbers from 1 on, at least one, not {species}")
-        fixed = self.references([0, *elements])
-        for name, table in fixed._asdict().items():
-            setattr(self, f"fixed_{name}", table)
+        # The bits of floating-point numbers as integers, so that casting the module does not touch them.
+        for name, table in self.tables_of([0, *elements])._asdict().items():
+            setattr(self, f"fixed_{name}", table.view(torch.int64))
         self.elements = elements
         self.has_species = True
 
-    def references(self, elements: list[int]) -> References:
+    def tables_of(self, elements: list[int]) -> ElementTables:
         """Tables of these elements, sorted and with 0 (padding) among them.
 
         Raises
@@ -677,7 +682,7 @@ class DFTD3(RationalDispersion):
             index.extend(list(range(first, end)))
         place: list[int] = []
         for _ in range(self.max_element + 1):
-            place.append(-1)
+            place.append(len(elements))
         columns: list[int] = []
         n_columns = 0
         for k, z in enumerate(elements):
@@ -686,34 +691,50 @@ class DFTD3(RationalDispersion):
             for s in range(width):
                 columns.append(n_columns + s if s < count else len(index))
             n_columns += count
+        for _ in range(width):
+            columns.append(len(index))
+
         device = self.c6.device
         kept = torch.tensor(index, dtype=torch.long, device=device)
+        chosen = torch.tensor(elements, dtype=torch.long, device=device)
         columns_of = torch.tensor(columns, dtype=torch.long, device=device).view(-1, width)
-        c6 = torch.nn.functional.pad(self.c6[kept][:, kept], [0, 1, 0, 1])
-        cn = torch.nn.functional.pad(self.cn[kept], [0, 1])[columns_of]
-        places = torch.tensor(place, dtype=torch.long, device=device)
-        return References(places, columns_of, cn, c6, torch.tensor(elements, dtype=torch.long, device=device))
-
-    def references_for(self, numbers: Tensor) -> References:
-        """Tables of the elements in a batch, which are read from the device here, unless they are fixed."""
-        if self.has_species:
-            return References(self.fixed_place, self.fixed_columns, self.fixed_cn, self.fixed_c6, self.fixed_element)
-        elements: list[int] = torch.unique(torch.nn.functional.pad(numbers.flatten(), [0, 1])).tolist()
-        return self.references(elements)
-
-    def counting_radius(self, data: dict[str, Tensor]) -> Tensor:
-        """Covalent radius of each atom of the flattened batch in the counting function, Å."""
-        radius = self.radius.to(data["coord"].dtype) * (self.radius_unit * self.bohr)
-        return radius[data["numbers"].flatten()]
-
-    def pair_constants(self, place: Tensor, tables: References, dtype: torch.dtype) -> PairConstants:
-        """What the damping of the pairs needs, for atoms whose elements stand at ``place``."""
-        q = self.r4r2_charge()[tables.element]
+        pad = torch.nn.functional.pad
+        cn = pad(self.cn[kept].double() / self.decimals, [0, 1], value=self.no_reference)[columns_of]
+        cn[-1] = math.nan
+        q = self.r4r2_charge()[chosen]
         ratio = 3.0 * q.unsqueeze(1) * q
         r0 = self.a1 * ratio.sqrt() + self.a2
-        place = place.clamp(min=0)
-        member = torch.nn.functional.one_hot(place, q.shape[0]).to(dtype)
-        return PairConstants([(r0**6).to(dtype), (r0**8).to(dtype), (self.s8 * ratio).to(dtype)], place, member)
+        side = (self.vdw[chosen][:, chosen].double() * self.vdw_unit).pow(self.triple_exponent)
+        return ElementTables(
+            torch.tensor(place, dtype=torch.long, device=device),
+            columns_of,
+            cn,
+            pad(self.c6[kept][:, kept].double() / self.decimals, [0, 1, 0, 1]),
+            pad(self.radius[chosen].double() * (self.radius_unit * self.bohr), [0, 1], value=math.nan),
+            pad(torch.stack([r0**6, r0**8, self.s8 * ratio, side]), [0, 1, 0, 1], value=math.nan),
+        )
+
+    def tables_for(self, numbers: Tensor) -> ElementTables:
+        """Tables of the elements in a batch, which are read from the device here, unless they are fixed."""
+        if self.has_species:
+            return ElementTables(
+                self.fixed_place,
+                self.fixed_columns,
+                torch.view_copy(self.fixed_cn, dtype=torch.float64),
+                torch.view_copy(self.fixed_c6, dtype=torch.float64),
+                torch.view_copy(self.fixed_radius, dtype=torch.float64),
+                torch.view_copy(self.fixed_damping, dtype=torch.float64),
+            )
+        elements: list[int] = torch.unique(torch.nn.functional.pad(numbers.flatten(), [0, 1])).tolist()
+        return self.tables_of(elements)
+
+    def pair_constants(self, place: Tensor, tables: ElementTables, dtype: torch.dtype) -> PairConstants:
+        """What the damping of the pairs needs, for atoms whose elements stand at ``place``."""
+        damping = tables.damping.to(dtype)
+        member = torch.eye(damping.shape[1], dtype=dtype, device=damping.device).index_select(0, place)
+        # NaN times zero would reach all atoms.
+        known = torch.where(damping.isnan(), torch.zeros_like(damping), damping)
+        return PairConstants(known, place, member)
 
     def counts(self, block: nbops.PairBlock, radius: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
         """What the pairs of a block add to coordination numbers, the sums of their radii (Å), and which count."""
@@ -722,10 +743,9 @@ class DFTD3(RationalDispersion):
         return count, radius_ij, mask_within(block, self.counting_cutoff, cutoff)
 
     def coordination_numbers(
-        self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, kept: list[nbops.PairBlock]
+        self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, kept: list[nbops.PairBlock], radius: Tensor
     ) -> Tensor:
-        """Coordination number of each atom of the flattened batch, float64."""
-        radius = self.counting_radius(data)
+        """Coordination number of each atom of the flattened batch, float64, from covalent radii, Å."""
         cn = torch.zeros([data["numbers"].numel()], dtype=torch.float64, device=radius.device)
         for k in range(pairs.n_blocks):
             block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
@@ -736,23 +756,12 @@ class DFTD3(RationalDispersion):
                 cn = cn + sum_over_i(count, block, cn.shape[0])
         return cn
 
-    def reference_weights(self, cn: Tensor, place: Tensor, tables: References) -> tuple[Tensor, Tensor]:
-        """Weights (n, S) of the references in each atom, and their derivatives by the coordination numbers (n,)."""
-        # Of an element that is not among the fixed ones, nothing is known.
-        cn = cn.masked_fill(place < 0, math.nan).unsqueeze(1)
-        own_columns = tables.columns.index_select(0, place.clamp(min=0))
-        reference_cn = tables.cn.index_select(0, place.clamp(min=0)).to(cn.dtype) / self.decimals
-        own = reference_weights(cn, reference_cn, own_columns < tables.c6.shape[0] - 1, self.exponent)
-        exponent_slope = -2.0 * self.exponent * (cn - reference_cn)
-        return own, own * (exponent_slope - (own * exponent_slope).sum(dim=1, keepdim=True))
-
-    def in_columns(self, own: Tensor, place: Tensor, tables: References, by_element: bool) -> AtomWeights:
+    def in_columns(self, own: Tensor, place: Tensor, tables: ElementTables, by_element: bool) -> AtomWeights:
         """Weights (n, S), or their derivatives, with what is made of them."""
         n_atoms, n_columns = own.shape[0], tables.c6.shape[0]
-        place = place.clamp(min=0)
         own_columns = tables.columns.index_select(0, place)
         row = torch.zeros([n_atoms, n_columns], dtype=own.dtype, device=own.device).scatter(1, own_columns, own)
-        averaged = row @ (tables.c6.to(own.dtype) / self.decimals)
+        averaged = row @ tables.c6.to(own.dtype)
         grouped = averaged
         if by_element:
             grouped = averaged.index_select(1, tables.columns.t().flatten())
@@ -774,14 +783,16 @@ class DFTD3(RationalDispersion):
         """
         if nbops.first_order(data):
             return self.add_energy(self.energy_with_first_derivatives(data), data)
-        tables = self.references_for(data["numbers"])
+        tables = self.tables_for(data["numbers"])
+        dtype, place = data["coord"].dtype, tables.place.index_select(0, data["numbers"].flatten())
+        radius = tables.radius.to(dtype).index_select(0, place)
         pairs = self.search(data, max(self.cutoff_lr, self.counting_cutoff))
         kept = kept_blocks(data, pairs, self.block_pairs, self.kept_pairs)
-        cn = self.coordination_numbers(data, pairs, kept)
-        place = tables.place.index_select(0, data["numbers"].flatten())
-        own, _ = self.reference_weights(cn.to(data["coord"].dtype), place, tables)
+        cn = self.coordination_numbers(data, pairs, kept, radius)
+        reference_cn = tables.cn.to(dtype).index_select(0, place)
+        own = reference_weights(cn.to(dtype).unsqueeze(1), reference_cn, self.exponent)
         atoms = self.in_columns(own, place, tables, nbops.is_flat(data) or self.s9 != 0.0)
-        constants = self.pair_constants(place, tables, data["coord"].dtype)
+        constants = self.pair_constants(place, tables, dtype)
         energy = torch.zeros_like(cn)
         for k in range(pairs.n_blocks):
             block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
@@ -794,9 +805,7 @@ class DFTD3(RationalDispersion):
             energy = energy + block.weight * sum_over_j(e_ij * within, block, cn.shape[0])
         if self.s9 != 0.0:
             sides = self.triangle_sides(data, pairs, kept)
-            energy = energy + self.triple_energies(
-                sides, atoms, self.triple_constants(place, tables, data["coord"].dtype)
-            )
+            energy = energy + self.triple_energies(sides, atoms, constants)
         return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
 
     def energy_with_first_derivatives(self, data: dict[str, Tensor]) -> Tensor:
@@ -848,13 +857,15 @@ class DFTD3(RationalDispersion):
             inner[key] = value.detach()
         with_virial = "cell" in data and data["cell"].requires_grad
         coord = inner["coord"].reshape(-1, 3)
-        tables = self.references_for(inner["numbers"])
+        tables = self.tables_for(inner["numbers"])
         pairs = self.search(inner, max(self.cutoff_lr, self.counting_cutoff))
         kept = kept_blocks(inner, pairs, self.block_pairs, self.kept_pairs)
-        radius = self.counting_radius(inner)
-        cn = self.coordination_numbers(inner, pairs, kept)
         place = tables.place.index_select(0, inner["numbers"].flatten())
-        own, own_slope = self.reference_weights(cn.to(coord.dtype), place, tables)
+        radius = tables.radius.to(coord.dtype).index_select(0, place)
+        cn = self.coordination_numbers(inner, pairs, kept, radius)
+        distance = cn.to(coord.dtype).unsqueeze(1) - tables.cn.to(coord.dtype).index_select(0, place)
+        own = reference_weights(distance, torch.zeros_like(distance), self.exponent)
+        own_slope = -2.0 * self.exponent * own * (distance - (own * distance).sum(dim=1, keepdim=True))
         by_element = nbops.is_flat(data) or self.s9 != 0.0
         weights = self.in_columns(own, place, tables, by_element)
         slopes = self.in_columns(own_slope, place, tables, by_element)
@@ -879,9 +890,7 @@ class DFTD3(RationalDispersion):
 
         if self.s9 != 0.0:
             sides = self.triangle_sides(inner, pairs, kept)
-            triples = self.triple_derivatives(
-                sides, weights, slopes, self.triple_constants(place, tables, data["coord"].dtype)
-            )
+            triples = self.triple_derivatives(sides, weights, slopes, constants)
             energy, cn_slope = energy + triples.energy, cn_slope + triples.cn
             gradient = gradient.index_add(0, sides.j, triples.sides.t()) - torch.zeros_like(gradient).index_add(
                 0, sides.i, triples.sides.t()
@@ -932,18 +941,11 @@ class DFTD3(RationalDispersion):
             return atm.sorted_sides(none, none, data["coord"].new_zeros([3, 0]), data["numbers"].numel(), self.bohr)
         return atm.sorted_sides(torch.cat(i), torch.cat(j), torch.cat(r_ij, 1), data["numbers"].numel(), self.bohr)
 
-    def triple_constants(self, place: Tensor, tables: References, dtype: torch.dtype) -> PairConstants:
-        """Of each pair of elements R^{16/3}, R in Bohr: the damping of a side."""
-        radius = self.vdw[tables.element][:, tables.element].double() * self.vdw_unit
-        place = place.clamp(min=0)
-        member = torch.nn.functional.one_hot(place, radius.shape[0]).to(dtype)
-        return PairConstants([radius.pow(self.triple_exponent).to(dtype)], place, member)
-
     def triple_energies(self, sides: atm.Sides, atoms: AtomWeights, constants: PairConstants) -> Tensor:
         """Three-body energies (n,), Hartree, float64, by the first corner."""
         n_atoms = atoms.place.shape[0]
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=sides.r_ij.device)
-        table, member = constants.tables[0], constants.member
+        table, member = constants.tables[3], constants.member
         c6, radius = self.of_sides(sides, atoms, table)
         for block in atm.triangle_blocks(sides, self.block_pairs):
             t = atm.triangles(sides, block)
@@ -975,7 +977,7 @@ class DFTD3(RationalDispersion):
     ) -> TripleDerivatives:
         """Three-body energy and its first derivatives, written out."""
         dtype, device, n_atoms = sides.r_ij.dtype, sides.r_ij.device, atoms.place.shape[0]
-        table, member = constants.tables[0], constants.member
+        table, member = constants.tables[3], constants.member
         c6, radius = self.of_sides(sides, atoms, table)
         n_sides = sides.i.shape[0]
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=device)

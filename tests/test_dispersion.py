@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aimnet2mult.dispersion import D3TS, DFTD3, DispParam, quintic_switch, reference_weights
+from aimnet2mult.dispersion import D3TS, DFTD3, NO_REFERENCE, DispParam, quintic_switch, reference_weights
 from aimnet2mult.dispersion_params import BUILTIN, d3bj_parameters
 from aimnet2mult.neighborlist import neighbor_matrix
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
@@ -295,9 +295,8 @@ def test_hessian_is_finite_with_padding_and_in_flat_layout(samples):
 
 def test_weights_of_an_overcoordinated_atom_stay_normalised():
     # Each Gaussian underflows here; the nearest reference takes all the weight.
-    weights = reference_weights(
-        torch.tensor([[40.0]]), torch.tensor([0.0, 1.0, 4.0, 5.0]), torch.tensor([[True, True, True, False]]), 4.0
-    )
+    references = torch.tensor([[0.0, 1.0, 4.0, NO_REFERENCE]])
+    weights = reference_weights(torch.tensor([[40.0]]), references, 4.0)
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.0, 1.0, 0.0]]))
 
 

@@ -1,4 +1,4 @@
-"""Three-body energy of D3 against the program s-dftd3, D3 of crystals, and D3 in blocks with derivatives written out."""
+"""Triangles of D3 against the program s-dftd3, D3 of crystals, D3 in blocks with derivatives written out."""
 
 import io
 import itertools
@@ -40,9 +40,9 @@ def batch(numbers, coord: Tensor, cell: Tensor | None = None, flat: bool = True)
     """Internal batch of one molecule or crystal."""
     if not flat:
         data = {"coord": coord.unsqueeze(0), "numbers": torch.as_tensor(numbers).unsqueeze(0)}
-        return nbops.internal_batch(data, 5.0, 0.0)
+        return nbops.internal_batch(data, 5.0)
     data = {"coord": coord, "numbers": torch.as_tensor(numbers)}
-    return nbops.internal_batch(data if cell is None else {**data, "cell": cell}, 5.0, 0.0)
+    return nbops.internal_batch(data if cell is None else {**data, "cell": cell}, 5.0, dense_limit=0)
 
 
 def derivatives(model: torch.nn.Module, data: dict[str, Tensor], first_order: bool) -> dict[str, np.ndarray]:
@@ -238,7 +238,7 @@ def many() -> dict[str, Tensor]:
         "mol_idx": torch.repeat_interleave(torch.arange(len(sizes)), sizes),
         "charge": torch.zeros(len(sizes)),
     }
-    return nbops.internal_batch(data, 5.0, 0.0)
+    return nbops.internal_batch(data, 5.0)
 
 
 def two_crystals() -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ def two_crystals() -> dict[str, Tensor]:
         "charge": torch.zeros(2),
         "cell": torch.stack([cell_1, cell_2]),
     }
-    return nbops.internal_batch(data, 3.0, 0.0)
+    return nbops.internal_batch(data, 3.0)
 
 
 def callers_matrix() -> dict[str, Tensor]:
@@ -306,7 +306,7 @@ def test_padding_does_not_change_triangles():
     for k, m in enumerate(molecules):
         data["coord"][k, : len(m["numbers"])] = torch.tensor(m["positions_angstrom"], dtype=torch.float64) * SCALE
         data["numbers"][k, : len(m["numbers"])] = torch.tensor(m["numbers"])
-    dense = nbops.internal_batch(data, 5.0, 0.0)
+    dense = nbops.internal_batch(data, 5.0)
     result = derivatives(DFTD3(**PBE, s9=1.0), dense, False)
     expected = [m["results"]["pbe"]["s9=1"] for m in molecules]
     assert result["energy"] == pytest.approx([e["energy"] for e in expected], abs=ENERGY_TOLERANCE)
