@@ -364,10 +364,13 @@ class RationalDispersion(nn.Module):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def pairs_in_block(self, data: dict[str, Tensor]) -> int:
+        """Pairs, or triangles, in a block: what suits the cache of a CPU, or a GPU."""
+        return self.block_pairs_gpu if data["coord"].is_cuda else self.block_pairs
+
     def search(self, data: dict[str, Tensor], cutoff: float) -> nbops.LongRangePairs:
-        """Prepare the pairs closer than ``cutoff`` (Å) in blocks that suit the cache of a CPU, or a GPU."""
-        gpu = data["coord"].is_cuda
-        return nbops.long_range_pairs(data, cutoff, self.block_pairs_gpu if gpu else self.block_pairs)
+        """Prepare the pairs closer than ``cutoff`` (Å) in blocks."""
+        return nbops.long_range_pairs(data, cutoff, self.pairs_in_block(data))
 
     def r4r2_charge(self) -> Tensor:
         """Return q of each atomic number, (Z + 1,) float64, a0: C8/C6 of a pair is 3 q_i q_j."""
@@ -386,8 +389,8 @@ class ElementTables(NamedTuple):
 
     The references of the elements stand in one row of K columns, sorted by element. The last column belongs to no
     reference; its C6 are zero. With it, each element has the same number S of columns. The first of the E elements is
-    padding (Z = 0), the reference of which has no dispersion; the last stands for all that are not known, and has no
-    numbers (NaN).
+    padding (Z = 0), the reference of which has no dispersion; the last stands for all that are not known, and its
+    radius and coordination numbers are NaN.
 
     Attributes
     ----------
@@ -711,7 +714,7 @@ class DFTD3(RationalDispersion):
             cn,
             pad(self.c6[kept][:, kept].double() / self.decimals, [0, 1, 0, 1]),
             pad(self.radius[chosen].double() * (self.radius_unit * self.bohr), [0, 1], value=math.nan),
-            pad(torch.stack([r0**6, r0**8, self.s8 * ratio, side]), [0, 1, 0, 1], value=math.nan),
+            pad(torch.stack([r0**6, r0**8, self.s8 * ratio, side]), [0, 1, 0, 1]),
         )
 
     def tables_for(self, numbers: Tensor) -> ElementTables:
@@ -730,11 +733,8 @@ class DFTD3(RationalDispersion):
 
     def pair_constants(self, place: Tensor, tables: ElementTables, dtype: torch.dtype) -> PairConstants:
         """What the damping of the pairs needs, for atoms whose elements stand at ``place``."""
-        damping = tables.damping.to(dtype)
-        member = torch.eye(damping.shape[1], dtype=dtype, device=damping.device).index_select(0, place)
-        # NaN times zero would reach all atoms.
-        known = torch.where(damping.isnan(), torch.zeros_like(damping), damping)
-        return PairConstants(known, place, member)
+        member = torch.eye(tables.radius.shape[0], dtype=dtype, device=place.device).index_select(0, place)
+        return PairConstants(tables.damping.to(dtype), place, member)
 
     def counts(self, block: nbops.PairBlock, radius: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
         """What the pairs of a block add to coordination numbers, the sums of their radii (Å), and which count."""
@@ -787,7 +787,7 @@ class DFTD3(RationalDispersion):
         dtype, place = data["coord"].dtype, tables.place.index_select(0, data["numbers"].flatten())
         radius = tables.radius.to(dtype).index_select(0, place)
         pairs = self.search(data, max(self.cutoff_lr, self.counting_cutoff))
-        kept = kept_blocks(data, pairs, self.block_pairs, self.kept_pairs)
+        kept = kept_blocks(data, pairs, self.pairs_in_block(data), self.kept_pairs)
         cn = self.coordination_numbers(data, pairs, kept, radius)
         reference_cn = tables.cn.to(dtype).index_select(0, place)
         own = reference_weights(cn.to(dtype).unsqueeze(1), reference_cn, self.exponent)
@@ -845,12 +845,12 @@ class DFTD3(RationalDispersion):
     def derivatives(self, data: dict[str, Tensor]) -> Derivatives:
         """Energy and first derivatives, written out, with no more than a block of pairs in memory.
 
-        With g_ij the bracket of the module docstring (times the switch) and V_i = Σ_j g_ij w_j, a row of K numbers,
+        With g_ij the bracket of the module docstring (times the switch), w_i the row of weights of an atom, w'_i its
+        derivative by the coordination number, and f the counting function,
 
-            E = -½ Σ_i w_i C6_ref V_iᵀ,    G_i = ∂E/∂CN_i = -w'_i C6_ref V_iᵀ,
-            ∂E/∂r_ij = -C6_ij dg_ij/dr + (G_i + G_j) df_ij/dr,
+            G_i = ∂E/∂CN_i = -Σ_j g_ij (w'_i C6_ref w_jᵀ),    ∂E/∂r_ij = -C6_ij dg_ij/dr + (G_i + G_j) df_ij/dr.
 
-        w'_i being the derivative of the weights by the coordination number and f the counting function.
+        Three sweeps over the pairs: coordination numbers, then energy, G and the first part, then the second part.
         """
         inner: dict[str, Tensor] = {}
         for key, value in data.items():
@@ -859,7 +859,7 @@ class DFTD3(RationalDispersion):
         coord = inner["coord"].reshape(-1, 3)
         tables = self.tables_for(inner["numbers"])
         pairs = self.search(inner, max(self.cutoff_lr, self.counting_cutoff))
-        kept = kept_blocks(inner, pairs, self.block_pairs, self.kept_pairs)
+        kept = kept_blocks(inner, pairs, self.pairs_in_block(inner), self.kept_pairs)
         place = tables.place.index_select(0, inner["numbers"].flatten())
         radius = tables.radius.to(coord.dtype).index_select(0, place)
         cn = self.coordination_numbers(inner, pairs, kept, radius)
@@ -947,7 +947,7 @@ class DFTD3(RationalDispersion):
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=sides.r_ij.device)
         table, member = constants.tables[3], constants.member
         c6, radius = self.of_sides(sides, atoms, table)
-        for block in atm.triangle_blocks(sides, self.block_pairs):
+        for block in atm.triangle_blocks(sides, self.block_pairs_gpu if sides.i.is_cuda else self.block_pairs):
             t = atm.triangles(sides, block)
             j, k = atom_values(sides.j, t.side_j), atom_values(sides.j, t.side_k)
             r_j, r_k = atm.side_values(sides.r_ij, t.side_j), atm.side_values(sides.r_ij, t.side_k)
@@ -983,7 +983,7 @@ class DFTD3(RationalDispersion):
         energy = torch.zeros([n_atoms], dtype=torch.float64, device=device)
         of_sides = torch.zeros([3, n_sides], dtype=torch.float64, device=device)
         h_sides, cn_j = torch.zeros_like(of_sides[0]), torch.zeros_like(of_sides[0])
-        for block in atm.triangle_blocks(sides, self.block_pairs):
+        for block in atm.triangle_blocks(sides, self.block_pairs_gpu if sides.i.is_cuda else self.block_pairs):
             t = atm.triangles(sides, block)
             j, k = atom_values(sides.j, t.side_j), atom_values(sides.j, t.side_k)
             r_j, r_k = atm.side_values(sides.r_ij, t.side_j), atm.side_values(sides.r_ij, t.side_k)

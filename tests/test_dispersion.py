@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aimnet2mult import nbops
 from aimnet2mult.dispersion import D3TS, DFTD3, NO_REFERENCE, DispParam, quintic_switch, reference_weights
 from aimnet2mult.dispersion_params import BUILTIN, d3bj_parameters
 from aimnet2mult.neighborlist import neighbor_matrix
@@ -455,6 +456,30 @@ def test_d3ts_derivatives_with_padding_and_in_flat_layout(network_data):
     inputs = (network_data["coord"].requires_grad_(), network_data["disp_param"].requires_grad_())
     assert torch.autograd.gradcheck(energy, inputs, eps=1e-5, atol=1e-7)
     assert torch.autograd.gradgradcheck(energy, inputs, eps=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_d3ts_differentiated_in_blocks_is_d3ts_differentiated_at_once(periodic):
+    generator = torch.Generator().manual_seed(2)
+    coord = 9.0 * torch.rand(30, 3, generator=generator, dtype=torch.float64)
+    data = {"coord": coord, "numbers": torch.tensor([8, 1, 1] * 10)}
+    if periodic:
+        data["cell"] = 9.0 * torch.eye(3, dtype=torch.float64) + 0.3
+    data = nbops.internal_batch(data, 5.0, dense_limit=0)
+    values = 5.0 + 20.0 * torch.rand(31, 2, generator=generator, dtype=torch.float64)
+    model = D3TS(0.4, 4.2, 0.7)
+    model.cutoff_lr_periodic, model.block_pairs = 12.0, 100
+    results = []
+    for term in (model, torch.jit.script(model)):
+        for first_order in (False, True):
+            inputs = {"coord": data["coord"], "disp_param": values, **({"cell": data["cell"]} if periodic else {})}
+            inputs = {key: value.clone().requires_grad_() for key, value in inputs.items()}
+            batch = {**data, **inputs, **({"_first_order": torch.zeros(0)} if first_order else {})}
+            energy = term(batch)["energy"]
+            results.append((energy.detach(), *torch.autograd.grad(energy.sum(), list(inputs.values()))))
+    assert all(x.abs().max() > 1e-3 for x in results[0])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-12)
 
 
 def test_disp_param_takes_its_table_from_a_checkpoint():
