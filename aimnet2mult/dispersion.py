@@ -493,7 +493,7 @@ def element_pairs(x: PairConstants, block: nbops.PairBlock) -> tuple[Tensor, Ten
 def pair_products(x: AtomWeights, y: AtomWeights, block: nbops.PairBlock, back: bool) -> Tensor:
     """x_i C6_ref y_jᵀ of the pairs of a block; with ``back`` (rectangles and lists) x_j C6_ref y_iᵀ."""
     if block.i.dim() == 3:
-        shape = [block.i.shape[0], block.i.shape[1], -1]
+        shape = [block.i.shape[0], block.i.shape[1], x.row.shape[1]]
         return x.averaged.view(shape) @ y.row.view(shape).transpose(1, 2)
     if is_rectangle(block):
         i, j = block.i.flatten(), block.j.flatten()
@@ -501,7 +501,7 @@ def pair_products(x: AtomWeights, y: AtomWeights, block: nbops.PairBlock, back: 
             return y.row.index_select(0, i) @ x.averaged.index_select(0, j).t()
         return x.averaged.index_select(0, i) @ y.row.index_select(0, j).t()
     a, b = (block.j, block.i) if back else (block.i, block.j)
-    n_elements = x.grouped.shape[1] // x.place.shape[0]
+    n_elements = x.grouped.shape[1] // max(1, x.place.shape[0])
     column = a * n_elements + atom_values(y.place, b)
     total = atom_values(x.grouped[0], column) * atom_values(y.own[0], b)
     for s in range(1, y.own.shape[0]):
@@ -803,7 +803,7 @@ class DFTD3(RationalDispersion):
                 e_ij = e_ij * quintic_switch(block.d_ij, self.smoothing_on, self.cutoff_lr)
             within = mask_within(block, self.cutoff_lr, pairs.cutoff)
             energy = energy + block.weight * sum_over_j(e_ij * within, block, cn.shape[0])
-        if self.s9 != 0.0:
+        if self.s9 != 0.0 and place.shape[0] > 0:
             sides = self.triangle_sides(data, pairs, kept)
             energy = energy + self.triple_energies(sides, atoms, constants)
         return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
@@ -888,7 +888,7 @@ class DFTD3(RationalDispersion):
             if with_virial:
                 virial = virial - pair_virial(along, block, inner)
 
-        if self.s9 != 0.0:
+        if self.s9 != 0.0 and place.shape[0] > 0:
             sides = self.triangle_sides(inner, pairs, kept)
             triples = self.triple_derivatives(sides, weights, slopes, constants)
             energy, cn_slope = energy + triples.energy, cn_slope + triples.cn

@@ -323,6 +323,15 @@ def test_too_few_atoms_for_a_triangle(n_atoms):
     assert (one["energy"] < 0) == (n_atoms > 1)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 5), (2, 0), (2, 3)])
+def test_empty_batches_and_molecules_of_padding(shape):
+    data = {"coord": torch.zeros(*shape, 3, dtype=torch.float64), "numbers": torch.zeros(shape, dtype=torch.long)}
+    for s9 in (0.0, 1.0):
+        energy = DFTD3(**PBE, s9=s9)(nbops.internal_batch(data, 5.0))["energy"]
+        assert energy.dtype == torch.float64
+        assert energy.tolist() == [0.0] * shape[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # precision, memory, species, scripts
 # --------------------------------------------------------------------------------------------------
