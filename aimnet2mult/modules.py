@@ -15,7 +15,8 @@ from aimnet2mult import nbops, ops
 from aimnet2mult.config.builder import resolve
 from aimnet2mult.constants import ATOMIC_MASSES, MAX_ATOMIC_NUMBER
 from aimnet2mult.dftd4 import DFTD4
-from aimnet2mult.dispersion import D3TS, DFTD3, DispParam
+from aimnet2mult.dispersion import DFTD3
+from aimnet2mult.dispersion_ts import D3TS, DispParam
 from aimnet2mult.electrostatics import LRCoulomb, SRCoulomb
 
 __all__ = [

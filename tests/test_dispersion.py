@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from aimnet2mult import nbops
-from aimnet2mult.dispersion import D3TS, DFTD3, NO_REFERENCE, DispParam, quintic_switch, reference_weights
+from aimnet2mult.dispersion import DFTD3, NO_REFERENCE, quintic_switch, reference_weights
 from aimnet2mult.dispersion_params import BUILTIN, d3bj_parameters
+from aimnet2mult.dispersion_ts import D3TS, DispParam
 from aimnet2mult.neighborlist import neighbor_matrix
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
 
