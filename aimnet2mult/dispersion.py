@@ -6,7 +6,8 @@ The two-body energy of both is
 
 S. Grimme, S. Ehrlich, L. Goerigk, J. Comput. Chem. 32, 1456 (2011), doi:10.1002/jcc.21759, with
 q_Z = √(½ √Z <r⁴>/<r²>). Functions take and give atomic units; the modules read Å and write eV. The three-body
-term is not part of it. Parameters of functionals: `aimnet2mult.dispersion_params`.
+term that DFT-D3 can have is in `aimnet2mult.dispersion_atm`, parameters of functionals in
+`aimnet2mult.dispersion_params`.
 """
 
 import math
