@@ -418,9 +418,7 @@ def pair_block(
         outside = torch.full_like(r_ij[:1], masked_distance)
         r_ij = torch.where(mask, r_ij, torch.cat([outside, torch.zeros_like(r_ij[1:])]))
     d_ij = r_ij.square().sum(dim=0).sqrt()
-    if not math.isinf(pairs.cutoff):
-        mask = mask & (d_ij < pairs.cutoff)
-    return PairBlock(i, j, d_ij, r_ij, mask, weight)
+    return PairBlock(i, j, d_ij, r_ij, mask & (d_ij < pairs.cutoff), weight)
 
 
 def lattice_vectors(shifts: Tensor, cell: Tensor, mol_idx: Tensor) -> Tensor:
