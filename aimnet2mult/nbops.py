@@ -450,35 +450,6 @@ def block_energy(e_ij: Tensor, block: PairBlock, data: dict[str, Tensor]) -> Ten
     return block.weight * energy.index_add(0, data["mol_idx"][block.i.flatten()], rows)
 
 
-def block_atom_sum(x_ij: Tensor, block: PairBlock, data: dict[str, Tensor]) -> Tensor:
-    """Sum over the neighbours of each atom in a block, of a quantity that is symmetric in i and j.
-
-    Parameters
-    ----------
-    x_ij : Tensor
-        As in `block_energy`.
-    block : PairBlock
-        The pairs.
-    data : dict
-        Internal batch.
-
-    Returns
-    -------
-    Tensor
-        (B·N,) or (A,) float64.
-    """
-    x_ij = x_ij.masked_fill(~block.mask, 0.0)
-    if not is_flat(data):
-        return x_ij.sum(dim=-1, dtype=torch.float64).flatten()
-    sums = torch.zeros([data["numbers"].shape[0]], dtype=torch.float64, device=x_ij.device)
-    rows = x_ij.sum(dim=1, dtype=torch.float64) if x_ij.dim() == 2 else x_ij.double()
-    sums = sums.index_add(0, block.i.flatten(), rows)
-    if block.weight == 1.0:
-        columns = x_ij.sum(dim=0, dtype=torch.float64) if x_ij.dim() == 2 else x_ij.double()
-        sums = sums.index_add(0, block.j.flatten(), columns)
-    return sums
-
-
 def first_order(data: dict[str, Tensor]) -> bool:
     """Tell whether first derivatives of the energy are all that will be taken, so that memory can stay linear.
 
@@ -611,13 +582,29 @@ def check_batch(data: dict[str, Tensor]) -> None:
         fits = fits or (cell.dim() == 3 and is_flat(data))
         if not fits or cell.shape[-1] != 3 or cell.shape[-2] != 3:
             raise ValueError(f"cell must have shape (3, 3) or (B, 3, 3), found {list(cell.shape)}")
-    if is_flat(data) and "mol_idx" in data and data["mol_idx"].shape[0] != coord.shape[0]:
-        raise ValueError(f"mol_idx has {data['mol_idx'].shape[0]} entries, coord {coord.shape[0]}: one per atom")
-    if "nbmat" in data and data["nbmat"].dim() != coord.dim():
-        raise ValueError(
-            "nbmat must have shape (A, M) with coord (A, 3), or (B, N, M) with coord (B, N, 3); "
-            f"found {list(data['nbmat'].shape)} with {list(coord.shape)}"
-        )
+    if is_flat(data) and "mol_idx" in data and list(data["mol_idx"].shape) != [coord.shape[0]]:
+        raise ValueError(f"mol_idx has shape {list(data['mol_idx'].shape)}, coord {list(coord.shape)}: one per atom")
+    _check_neighbors(data)
+
+
+def _check_neighbors(data: dict[str, Tensor]) -> None:
+    """Raise a ValueError for a caller's neighbour matrices that do not fit the atoms, each other or the cell."""
+    if "nbmat" not in data and ("nbmat_lr" in data or "shifts" in data or "shifts_lr" in data):
+        raise ValueError("nbmat_lr, shifts and shifts_lr need nbmat, the neighbours within the cutoff of the network")
+    for name, shifts_name in [("nbmat", "shifts"), ("nbmat_lr", "shifts_lr")]:
+        if name in data:
+            found = list(data[name].shape)
+            if found[:-1] != list(data["numbers"].shape):
+                raise ValueError(
+                    f"{name} must have shape (A, M) with coord (A, 3), or (B, N, M) with coord (B, N, 3); "
+                    f"found {found} with {list(data['coord'].shape)}"
+                )
+            if shifts_name in data and list(data[shifts_name].shape) != found + [3]:
+                raise ValueError(f"{shifts_name} must have shape {found + [3]}, found {list(data[shifts_name].shape)}")
+            if (shifts_name in data) != ("cell" in data):
+                raise ValueError(f"{name} of a crystal needs cell and {shifts_name}, of a molecule neither")
+        elif shifts_name in data:
+            raise ValueError(f"{shifts_name} needs {name}")
 
 
 def count_molecules(data: dict[str, Tensor]) -> int:
@@ -650,6 +637,10 @@ def check_values(data: dict[str, Tensor]) -> None:
             raise ValueError(f"mol_idx must be between 0 and {n_mol - 1}, the number of molecules less one")
     if "nbmat" in data and bool((data["numbers"][..., -1] != 0).any().item()):
         raise ValueError("with nbmat, the last atom (of each molecule) must be padding: numbers = 0")
+    n_places = data["numbers"].shape[-1]
+    for key in ["nbmat", "nbmat_lr"]:
+        if key in data and bool(((data[key] < 0) | (data[key] >= n_places)).any().item()):
+            raise ValueError(f"{key} must hold places of atoms, 0 to {n_places - 1}, the last one where there is none")
 
 
 def possible_multiplicities(data: dict[str, Tensor]) -> Tensor:
@@ -708,8 +699,7 @@ def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 25
     -------
     dict
         ``coord, numbers, charge, mult`` (+ ``mol_idx, nbmat, nbmat_lr, shifts, shifts_lr, cell`` (B, 3, 3) in flat
-        layout),
-        ``_real_idx`` (places of the atoms that are not padding) and, where the layout was changed,
+        layout), ``_real_idx`` (places of the atoms that are not padding) and, where the layout was changed,
         ``_restore_idx`` (for each of the caller's atoms its row).
 
     Raises
@@ -719,77 +709,86 @@ def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 25
     """
     check_batch(data)
     coord, numbers = data["coord"], data["numbers"].long()
-    out: dict[str, Tensor] = {}
-    dense = not is_flat(data)
     n_mol = count_molecules(data)
+    out = _molecule_inputs(data, n_mol)
+    can_be_dense = "nbmat" not in data and "cell" not in data and coord.shape[-2] <= dense_limit
+    if can_be_dense and not is_flat(data):
+        out["coord"], out["numbers"] = coord, numbers
+        out["_real_idx"] = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
+        return out
+    if can_be_dense and n_mol == 1:
+        out["coord"], out["numbers"] = coord.unsqueeze(0), numbers.unsqueeze(0)
+        out["_restore_idx"] = torch.arange(numbers.shape[0], device=coord.device)
+        out["_real_idx"] = torch.nonzero(real_atoms(numbers)).squeeze(1)
+        return out
+
+    if not is_flat(data):
+        mol_idx = torch.arange(n_mol, device=coord.device).unsqueeze(1).expand(numbers.shape).reshape(-1)
+    elif "mol_idx" in data:
+        mol_idx = data["mol_idx"].long()
+    else:
+        mol_idx = torch.zeros(numbers.shape[0], dtype=torch.long, device=coord.device)
+    if "nbmat" in data:
+        _add_atoms_with_neighbors(out, data, mol_idx)
+    else:
+        _add_atoms(out, coord, numbers, mol_idx, cutoff)
+    return out
+
+
+def _molecule_inputs(data: dict[str, Tensor], n_mol: int) -> dict[str, Tensor]:
+    """What an internal batch has of each molecule: charge, multiplicity, cell (B, 3, 3) where there are cells."""
+    out: dict[str, Tensor] = {}
     if "cell" in data:
-        out["cell"] = data["cell"].to(coord.dtype).expand(n_mol, 3, 3)
+        cell = data["cell"]
+        if cell.dim() == 3 and cell.shape[0] != 1 and cell.shape[0] != n_mol:
+            raise ValueError(f"cell has {cell.shape[0]} entries for {n_mol} molecules")
+        out["cell"] = cell.to(data["coord"].dtype).expand(n_mol, 3, 3)
     out["charge"] = _molecule_values(data, "charge", 0.0, n_mol)
     out["mult"] = _molecule_values(data, "mult", 1.0, n_mol)
     if "_fidelities" in data:
         out["_fidelities"] = data["_fidelities"]
+    return out
 
-    if dense and "nbmat" not in data and "cell" not in data and coord.shape[1] <= dense_limit:
-        out["coord"], out["numbers"] = coord, numbers
-        out["_real_idx"] = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
-        return out
 
-    device = coord.device
-    single = not dense and n_mol == 1 and "nbmat" not in data and "cell" not in data
-    if single and numbers.shape[0] <= dense_limit:
-        out["coord"], out["numbers"] = coord.unsqueeze(0), numbers.unsqueeze(0)
-        out["_restore_idx"] = torch.arange(numbers.shape[0], device=device)
-        out["_real_idx"] = torch.nonzero(real_atoms(numbers)).squeeze(1)
-        return out
-
+def _add_atoms_with_neighbors(out: dict[str, Tensor], data: dict[str, Tensor], mol_idx: Tensor) -> None:
+    """Add the atoms, as the rows that a caller's neighbour matrices number, and these matrices to ``out``."""
+    dense = not is_flat(data)
+    for key in ["coord", "numbers", "nbmat", "nbmat_lr", "shifts", "shifts_lr"]:
+        if key in data:
+            value = data[key]
+            if key in ["numbers", "nbmat", "nbmat_lr"]:
+                value = value.long()
+            if dense and key in ["nbmat", "nbmat_lr"]:
+                n_mol, n_places = value.shape[0], value.shape[1]
+                value = value + (torch.arange(n_mol, device=value.device) * n_places).view(-1, 1, 1)
+            out[key] = value.flatten(0, 1) if dense else value
+    out["mol_idx"] = mol_idx
+    out["_real_idx"] = torch.nonzero(real_atoms(out["numbers"])).squeeze(1)
     if dense:
-        mol_idx = torch.arange(n_mol, device=device).unsqueeze(1).expand(numbers.shape).reshape(-1)
-    elif "mol_idx" in data:
-        mol_idx = data["mol_idx"].long()
-    else:
-        mol_idx = torch.zeros(numbers.shape[0], dtype=torch.long, device=device)
+        out["_restore_idx"] = torch.arange(mol_idx.shape[0], device=mol_idx.device)
 
-    if "nbmat" in data:
-        rows = torch.arange(0, numbers.numel(), device=device)
-        if dense:
-            out["_restore_idx"] = rows
-            first = (torch.arange(n_mol, device=device) * coord.shape[1]).view(-1, 1, 1)
-            for key in ["nbmat", "nbmat_lr"]:
-                if key in data:
-                    out[key] = (data[key].long() + first).flatten(0, 1)
-            for key in ["shifts", "shifts_lr"]:
-                if key in data:
-                    out[key] = data[key].flatten(0, 1)
-            coord, numbers = coord.flatten(0, 1), numbers.flatten(0, 1)
-        else:
-            for key in ["nbmat", "nbmat_lr"]:
-                if key in data:
-                    out[key] = data[key].long()
-            for key in ["shifts", "shifts_lr"]:
-                if key in data:
-                    out[key] = data[key]
-        real_idx = torch.nonzero(real_atoms(numbers)).squeeze(1)
-    else:
-        kept = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
-        restore = torch.full([numbers.numel()], kept.shape[0], dtype=torch.long, device=device)
-        out["_restore_idx"] = restore.index_copy(0, kept, torch.arange(kept.shape[0], device=device))
-        coord = torch.cat([coord.reshape(-1, 3)[kept], coord.new_zeros([1, 3])])
-        numbers = torch.cat([numbers.reshape(-1)[kept], numbers.new_zeros([1])])
-        mol_idx = mol_idx[kept]
-        last = mol_idx[-1:] if mol_idx.shape[0] > 0 else mol_idx.new_zeros([1])
-        mol_idx = torch.cat([mol_idx, last])
-        real_idx = torch.arange(kept.shape[0], device=device)
-    out["coord"], out["numbers"], out["mol_idx"], out["_real_idx"] = coord, numbers, mol_idx, real_idx
 
+def _add_atoms(out: dict[str, Tensor], coord: Tensor, numbers: Tensor, mol_idx: Tensor, cutoff: float) -> None:
+    """Add the atoms that are not padding, in a row with one padding atom at the end, and their neighbours to ``out``.
+
+    ``coord`` and ``numbers`` are of either layout, ``mol_idx`` is of all their places.
+    """
+    kept = torch.nonzero(real_atoms(numbers).reshape(-1)).squeeze(1)
+    n_atoms = kept.shape[0]
+    out["_real_idx"] = torch.arange(n_atoms, device=coord.device)
+    restore = torch.full([numbers.numel()], n_atoms, dtype=torch.long, device=coord.device)
+    out["_restore_idx"] = restore.index_copy(0, kept, out["_real_idx"])
+    mol_idx = mol_idx[kept]
+    last = mol_idx[-1:] if n_atoms > 0 else mol_idx.new_zeros([1])
+    out["coord"] = torch.cat([coord.reshape(-1, 3)[kept], coord.new_zeros([1, 3])])
+    out["numbers"] = torch.cat([numbers.reshape(-1)[kept], numbers.new_zeros([1])])
+    out["mol_idx"] = torch.cat([mol_idx, last])
     cell: Tensor | None = None
     if "cell" in out:
         cell = out["cell"]
-    if "nbmat" not in out:
-        nbmat, shifts = neighbor_matrix(coord[:-1], mol_idx[:-1], cutoff, cell)
-        out["nbmat"] = nbmat
-        if shifts is not None:
-            out["shifts"] = shifts
-    return out
+    out["nbmat"], shifts = neighbor_matrix(out["coord"][:-1], mol_idx, cutoff, cell)
+    if shifts is not None:
+        out["shifts"] = shifts
 
 
 def emitted_batch(batch: dict[str, Tensor], data: dict[str, Tensor], atom_keys: list[str]) -> dict[str, Tensor]:

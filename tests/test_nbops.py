@@ -60,12 +60,49 @@ def test_input_is_left_as_it_is(molecules):
         ({"coord": torch.zeros(2, 3, 3, dtype=torch.long)}, "floating-point"),
         ({"charge": torch.zeros(3)}, "charge has 3 entries for 2 molecules"),
         ({"nbmat": torch.zeros(6, 2, dtype=torch.long)}, "nbmat must have shape"),
+        ({"nbmat": torch.zeros(2, 2, 2, dtype=torch.long)}, "nbmat must have shape"),
+        ({"nbmat_lr": torch.zeros(2, 3, 2, dtype=torch.long)}, "need nbmat"),
+        ({"cell": torch.eye(3).expand(3, 3, 3)}, "cell must have shape"),
     ],
 )
 def test_shapes_that_do_not_fit(change, message):
     data = {"coord": torch.rand(2, 3, 3), "numbers": torch.ones(2, 3, dtype=torch.long), **change}
     with pytest.raises(ValueError, match=message):
         nbops.internal_batch(data, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mol_idx": torch.zeros(3, 1, dtype=torch.long)}, "one per atom"),
+        ({"cell": torch.eye(3).expand(2, 3, 3)}, "cell has 2 entries for 1 molecules"),
+        ({"nbmat_lr": torch.zeros(2, 4, dtype=torch.long)}, "nbmat_lr must have shape"),
+        ({"cell": torch.eye(3)}, "nbmat of a crystal needs cell and shifts"),
+        ({"shifts": torch.zeros(3, 2, 3)}, "nbmat of a crystal needs cell and shifts"),
+        ({"shifts_lr": torch.zeros(3, 4, 3)}, "shifts_lr needs nbmat_lr"),
+        ({"cell": torch.eye(3), "shifts": torch.zeros(3, 4, 3)}, "shifts must have shape"),
+    ],
+)
+def test_flat_shapes_that_do_not_fit(change, message):
+    data = {
+        "coord": torch.rand(3, 3),
+        "numbers": torch.tensor([1, 1, 0]),
+        "nbmat": torch.tensor([[1, 2], [0, 2], [2, 2]]),
+    }
+    if message.startswith("cell"):
+        del data["nbmat"]
+    with pytest.raises(ValueError, match=message):
+        nbops.internal_batch({**data, **change}, 5.0)
+
+
+@pytest.mark.parametrize("key", ["nbmat", "nbmat_lr"])
+@pytest.mark.parametrize("place", [-1, 3])
+def test_neighbours_that_there_are_not(key, place):
+    nbmat = torch.tensor([[1, 2], [0, 2], [2, 2]])
+    data = {"coord": torch.rand(3, 3), "numbers": torch.tensor([1, 1, 0]), "nbmat": nbmat, "nbmat_lr": nbmat}
+    nbops.check_values(data)
+    with pytest.raises(ValueError, match=f"^{key} must hold places of atoms, 0 to 2"):
+        nbops.check_values({**data, key: torch.where(nbmat == 2, place, nbmat)})
 
 
 def test_missing_keys():

@@ -122,7 +122,7 @@ def test_bad_input_is_refused_and_grad_mode_stays(compiled, raw, change, message
     [
         ({"mol_idx": torch.tensor([0, 1, 0])}, "mol_idx must be sorted"),
         ({"mol_idx": torch.tensor([0, 0, 1]), "charge": torch.zeros(1)}, "mol_idx must be between 0 and 0"),
-        ({"mol_idx": torch.tensor([0, 0])}, "mol_idx has 2 entries, coord 3"),
+        ({"mol_idx": torch.tensor([0, 0])}, "mol_idx has shape .2., coord .3, 3."),
     ],
 )
 def test_bad_flat_input_is_refused_and_grad_mode_stays(raw, change, message):
