@@ -4,6 +4,7 @@
 `load_jit_model` reads the file back for Python and adds second derivatives.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -379,9 +380,18 @@ class JitModel:
         if not torch.is_inference_mode_enabled():
             return self._run(data)
         with torch.inference_mode(False), torch.no_grad():
-            return self._run({key: value.clone() for key, value in data.items()})
+            return self._run(data)
+
+    def __reduce__(self) -> tuple[Any, tuple[bytes, dict[str, Any]]]:
+        """Pickle the program as a file in memory, its options as they are set, for instance for other processes."""
+        program = io.BytesIO()
+        with torchscript_deprecation_ignored():
+            torch.jit.save(self.module, program)
+        return _unpickled, (program.getvalue(), self.metadata)
 
     def _run(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Tensors made under inference mode cannot be differentiated by, their copies can.
+        data = {key: value.clone() if value.is_inference() else value for key, value in data.items()}
         with _errors_of_one_line():
             return self.module(data)
 
@@ -418,9 +428,14 @@ class JitModel:
         Raises
         ------
         ValueError
-            Unknown method; a flat batch of several molecules, a batch of crystals.
+            Unknown method, a step that is not positive; a flat batch of several molecules, a batch of crystals.
         """
         _check_second_derivatives(data)
+        if not step > 0.0:
+            raise ValueError(f"step {step}: expected a positive displacement, Å")
+        if data["numbers"].numel() == 0:
+            shape = data["coord"].shape
+            return data["coord"].new_zeros(*shape, *shape[-2:])
         if method == "autograd":
             hessian = self._hessian_autograd(data)
         elif method == "finite_difference":
@@ -449,6 +464,8 @@ class JitModel:
             raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
         if vector.shape != data["coord"].shape:
             raise ValueError(f"vector has shape {list(vector.shape)}, coord {list(data['coord'].shape)}")
+        if data["coord"].numel() == 0:
+            return torch.zeros_like(data["coord"])
         with torch.inference_mode(False), torch.enable_grad():
             coord, forces = self._forces_with_graph(data)
             (product,) = torch.autograd.grad(forces, coord, -vector.clone().to(forces))
@@ -457,7 +474,21 @@ class JitModel:
     def _forces_with_graph(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         data = {key: value.detach().clone() for key, value in data.items()}
         coord = data["coord"].requires_grad_(True)
-        return coord, self._run(data)["forces"]
+        with self._without_hessian():
+            return coord, self._run(data)["forces"]
+
+    @contextmanager
+    def _without_hessian(self) -> Iterator[None]:
+        """Switch the option ``compute_hessian`` off: with a graph, it would prepare third derivatives."""
+        before = getattr(self.module, "compute_hessian", None)  # files of version 1 have no such option
+        if before is None:
+            yield
+            return
+        self.module.compute_hessian = False
+        try:
+            yield
+        finally:
+            self.module.compute_hessian = before
 
     def _hessian_autograd(self, data: dict[str, Tensor]) -> Tensor:
         n_atoms = data["coord"].shape[-2]
@@ -483,10 +514,16 @@ class JitModel:
                 for sign in (1.0, -1.0):
                     coord = data["coord"].detach().clone()
                     coord[..., i, k] += sign * step
-                    forces.append(self({**data, "coord": coord})["forces"])
+                    with self._without_hessian():
+                        forces.append(self({**data, "coord": coord})["forces"])
                 rows.append((forces[1] - forces[0]) / (2.0 * step))
         hessian = torch.stack(rows, dim=-3)
         return hessian.view(*hessian.shape[:-3], n_atoms, 3, n_atoms, 3)
+
+
+def _unpickled(program: bytes, metadata: dict[str, Any]) -> JitModel:
+    with torchscript_deprecation_ignored():
+        return JitModel(torch.jit.load(io.BytesIO(program)), metadata)
 
 
 def _check_second_derivatives(data: dict[str, Tensor]) -> None:

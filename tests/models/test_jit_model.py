@@ -1,0 +1,61 @@
+"""`JitModel` as a Python object: pickled, called with unusual tensors, asked for second derivatives."""
+
+import pickle
+
+import pytest
+import torch
+
+from aimnet2mult.models.jit_wrapper import load_jit_model
+
+
+@pytest.fixture
+def model(compiled):
+    return load_jit_model(compiled)
+
+
+@pytest.fixture
+def one(molecules):
+    data = molecules(torch.float32)
+    return {"coord": data["coord"][:1, :3], "numbers": data["numbers"][:1, :3]}
+
+
+def test_pickled_with_its_options(model, one):
+    model.set_coulomb_method("dsf")
+    model.module.compute_hessian = True
+    copy = pickle.loads(pickle.dumps(model))
+    assert copy.metadata == model.metadata
+    assert copy.module.coulomb_method == "dsf"
+    assert copy.module.compute_hessian
+    assert torch.equal(copy(one)["energy"], model(one)["energy"])
+
+
+def test_tensors_made_under_inference_mode(model, one):
+    with torch.inference_mode():
+        made = {key: value.clone() for key, value in one.items()}
+    assert torch.equal(model(made)["forces"], model(one)["forces"])
+
+
+@pytest.mark.parametrize("method", ["autograd", "finite_difference"])
+def test_hessian_of_a_file_that_computes_it_anyway(model, one, method):
+    expected = model.hessian(one, method)
+    model.module.compute_hessian = True
+    differentiated_from = []
+    run = model._run
+
+    def spy(data):
+        out = run(data)
+        differentiated_from.append("hessian" in out)
+        return out
+
+    model._run = spy
+    assert torch.equal(model.hessian(one, method), expected)
+    assert not any(differentiated_from)  # third derivatives would be prepared: minutes for a small crystal
+    assert model.module.compute_hessian
+
+
+def test_second_derivatives_of_nothing(model):
+    nothing = {"coord": torch.zeros(0, 3, 3), "numbers": torch.zeros(0, 3, dtype=torch.long)}
+    assert model.hessian(nothing).shape == (0, 3, 3, 3, 3)
+    assert model.hessian_vector_product(nothing, torch.zeros(0, 3, 3)).shape == (0, 3, 3)
+    with pytest.raises(ValueError, match=r"step 0\.0: expected a positive displacement"):
+        model.hessian(nothing, "finite_difference", 0.0)
