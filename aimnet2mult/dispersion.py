@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aimnet2mult import dispersion_atm as atm
 from aimnet2mult import nbops
+from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
 
 D3_DATA = Path(__file__).with_name("d3bj_data.pt")
@@ -214,17 +215,6 @@ def is_rectangle(block: nbops.PairBlock) -> bool:
     return block.i.dim() == 2 and block.weight == 1.0
 
 
-def kept_blocks(
-    data: dict[str, Tensor], pairs: nbops.LongRangePairs, block_pairs: int, most: int
-) -> list[nbops.PairBlock]:
-    """All blocks if they have no more than ``most`` pairs together, else none."""
-    blocks: list[nbops.PairBlock] = []
-    if pairs.n_blocks * block_pairs <= most or pairs.n_blocks == 1:
-        for k in range(pairs.n_blocks):
-            blocks.append(nbops.pair_block(data, pairs, k))
-    return blocks
-
-
 def mask_within(block: nbops.PairBlock, cutoff: float, searched: float) -> Tensor:
     """One for the pairs closer than ``cutoff``, of those closer than ``searched`` (Å), else zero, dtype of ``d_ij``.
 
@@ -320,9 +310,11 @@ class RationalDispersion(nn.Module):
     """
 
     r4r2: Tensor
+    pair_source: PairSource
 
     def __init__(self, s8: float, a1: float, a2: float, s6: float, key_out: str, r4r2: Tensor) -> None:
         super().__init__()
+        self.pair_source = Pairs()
         self.s6, self.s8, self.a1, self.a2 = float(s6), float(s8), float(a1), float(a2)
         self.key_out = key_out
         self.bohr = BOHR_ANGSTROM
@@ -344,7 +336,7 @@ class RationalDispersion(nn.Module):
 
     def search(self, data: dict[str, Tensor], cutoff: float) -> nbops.LongRangePairs:
         """Prepare the pairs closer than ``cutoff`` (Å) in blocks."""
-        return nbops.long_range_pairs(data, cutoff, self.pairs_in_block(data))
+        return self.pair_source.search(data, cutoff, self.pairs_in_block(data))
 
     def r4r2_charge(self) -> Tensor:
         """Return q of each atomic number, (Z + 1,) float64, a0: C8/C6 of a pair is 3 q_i q_j."""
@@ -537,6 +529,7 @@ class DFTD3(RationalDispersion):
         Atomic numbers with reference data, 1 to 103, or those given to `set_species`.
     """
 
+    pair_source: PairSource
     c6: Tensor
     cn: Tensor
     element: Tensor
@@ -710,6 +703,20 @@ class DFTD3(RationalDispersion):
         member = torch.eye(tables.radius.shape[0], dtype=dtype, device=place.device).index_select(0, place)
         return PairConstants(tables.damping.to(dtype), place, member)
 
+    def kept_blocks(self, data: dict[str, Tensor], pairs: nbops.LongRangePairs) -> list[nbops.PairBlock]:
+        """All blocks if they have no more than ``kept_pairs`` pairs together, else none."""
+        blocks: list[nbops.PairBlock] = []
+        if pairs.n_blocks * self.pairs_in_block(data) <= self.kept_pairs or pairs.n_blocks == 1:
+            for k in range(pairs.n_blocks):
+                blocks.append(self.pair_source.block(data, pairs, k))
+        return blocks
+
+    def block(
+        self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, kept: list[nbops.PairBlock], k: int
+    ) -> nbops.PairBlock:
+        """Pairs of a block, which may have been kept."""
+        return kept[k] if len(kept) > 0 else self.pair_source.block(data, pairs, k)
+
     def counts(self, block: nbops.PairBlock, radius: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
         """What the pairs of a block add to coordination numbers, the sums of their radii (Å), and which count."""
         radius_ij = atom_values(radius, block.i) + atom_values(radius, block.j)
@@ -722,7 +729,7 @@ class DFTD3(RationalDispersion):
         """Coordination number of each atom of the flattened batch, float64, from covalent radii, Å."""
         cn = torch.zeros([data["numbers"].numel()], dtype=torch.float64, device=radius.device)
         for k in range(pairs.n_blocks):
-            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            block = self.block(data, pairs, kept, k)
             count, _, counted = self.counts(block, radius, pairs.cutoff)
             count = count * counted
             cn = cn + sum_over_j(count, block, cn.shape[0])
@@ -761,7 +768,7 @@ class DFTD3(RationalDispersion):
         dtype, place = data["coord"].dtype, tables.place.index_select(0, data["numbers"].flatten())
         radius = tables.radius.to(dtype).index_select(0, place)
         pairs = self.search(data, max(self.cutoff_lr, self.counting_cutoff))
-        kept = kept_blocks(data, pairs, self.pairs_in_block(data), self.kept_pairs)
+        kept = self.kept_blocks(data, pairs)
         cn = self.coordination_numbers(data, pairs, kept, radius)
         reference_cn = tables.cn.to(dtype).index_select(0, place)
         own = reference_weights(cn.to(dtype).unsqueeze(1), reference_cn, self.exponent)
@@ -769,7 +776,7 @@ class DFTD3(RationalDispersion):
         constants = self.pair_constants(place, tables, dtype)
         energy = torch.zeros_like(cn)
         for k in range(pairs.n_blocks):
-            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            block = self.block(data, pairs, kept, k)
             r0_6, r0_8, s8_ratio = element_pairs(constants, block)
             bracket = rational_damping(block.d_ij / self.bohr, r0_6, r0_8, self.s6, s8_ratio)
             e_ij = -pair_products(atoms, atoms, block, False) * bracket
@@ -833,7 +840,7 @@ class DFTD3(RationalDispersion):
         coord = inner["coord"].reshape(-1, 3)
         tables = self.tables_for(inner["numbers"])
         pairs = self.search(inner, max(self.cutoff_lr, self.counting_cutoff))
-        kept = kept_blocks(inner, pairs, self.pairs_in_block(inner), self.kept_pairs)
+        kept = self.kept_blocks(inner, pairs)
         place = tables.place.index_select(0, inner["numbers"].flatten())
         radius = tables.radius.to(coord.dtype).index_select(0, place)
         cn = self.coordination_numbers(inner, pairs, kept, radius)
@@ -850,7 +857,7 @@ class DFTD3(RationalDispersion):
         gradient = torch.zeros([n_atoms, 3], dtype=torch.float64, device=cn.device)
         virial = torch.zeros([nbops.n_molecules(data) if with_virial else 0, 3, 3], dtype=cn.dtype, device=cn.device)
         for k in range(pairs.n_blocks):
-            block = kept[k] if len(kept) > 0 else nbops.pair_block(inner, pairs, k)
+            block = self.block(inner, pairs, kept, k)
             bracket, slope = self.damped(block, constants, pairs.cutoff)
             c6 = pair_products(weights, weights, block, False)
             energy = energy - block.weight * sum_over_j(c6 * bracket, block, n_atoms)
@@ -873,7 +880,7 @@ class DFTD3(RationalDispersion):
                 virial = virial + self.triple_virial(sides, triples.sides, inner)
         cn_slopes = cn_slope.to(coord.dtype)
         for k in range(pairs.n_blocks):
-            block = kept[k] if len(kept) > 0 else nbops.pair_block(inner, pairs, k)
+            block = self.block(inner, pairs, kept, k)
             count, radius_ij, counted = self.counts(block, radius, pairs.cutoff)
             # df/dr = -k1 R/r² f (1 - f), and it is wanted over r.
             along = (count - 1.0) * count * (self.steepness * radius_ij) / (block.d_ij * block.d_ij * block.d_ij)
@@ -905,7 +912,7 @@ class DFTD3(RationalDispersion):
         """All pairs that can be the side of a triangle."""
         i, j, r_ij = [], [], []
         for k in range(pairs.n_blocks):
-            block = kept[k] if len(kept) > 0 else nbops.pair_block(data, pairs, k)
+            block = self.block(data, pairs, kept, k)
             found = atm.later_sides(block, block.mask & (block.d_ij < self.triple_cutoff), data)
             i.append(found[0])
             j.append(found[1])

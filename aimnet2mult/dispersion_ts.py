@@ -18,6 +18,7 @@ from aimnet2mult.dispersion import (
     atom_values,
     rational_damping_energy,
 )
+from aimnet2mult.interfaces import PairSource
 from aimnet2mult.utils.units import BOHR_ANGSTROM
 
 SMALLEST_TS_DENOMINATOR = 1e-4
@@ -65,6 +66,8 @@ class D3TS(RationalDispersion):
         Range of the pairs, Å: every pair of a molecule, in a crystal those within 60 Bohr.
     """
 
+    pair_source: PairSource
+
     def __init__(
         self, a1: float, a2: float, s8: float, s6: float = 1.0, key_in: str = "disp_param", key_out: str = "energy"
     ) -> None:
@@ -98,7 +101,7 @@ class D3TS(RationalDispersion):
         c6, alpha = self.atomic_values(data)
         energy = torch.zeros([nbops.n_molecules(data)], dtype=torch.float64, device=c6.device)
         for k in range(pairs.n_blocks):
-            energy = energy + self.block_energy(nbops.pair_block(data, pairs, k), c6, alpha, q, data)
+            energy = energy + self.block_energy(self.pair_source.block(data, pairs, k), c6, alpha, q, data)
         return self.add_energy(energy, data)
 
     def atomic_values(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -125,7 +128,7 @@ class D3TS(RationalDispersion):
         torch.set_grad_enabled(True)
         for k in range(pairs.n_blocks):
             c6, alpha = self.atomic_values(inner)
-            part = self.block_energy(nbops.pair_block(inner, pairs, k), c6, alpha, q, inner)
+            part = self.block_energy(self.pair_source.block(inner, pairs, k), c6, alpha, q, inner)
             energy = energy + part.detach()
             found = nbops.gradients([part], inputs, [torch.ones_like(part)])
             sums = [total + x for total, x in zip(sums, found)]  # noqa: B905 - TorchScript has no strict

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aimnet2mult import nbops, ops
 from aimnet2mult.ewald import ewald_alpha, ewald_width, reciprocal_energy
+from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.nbops import PairBlock
 from aimnet2mult.utils.units import COULOMB_EV_ANGSTROM
 
@@ -166,6 +167,8 @@ class LRCoulomb(SRCoulomb):
         crystals.
     """
 
+    pair_source: PairSource
+
     def __init__(
         self,
         rc: float = 4.6,
@@ -179,6 +182,8 @@ class LRCoulomb(SRCoulomb):
         envelope: str = "exp",
     ) -> None:
         super().__init__(rc, key_in, key_out, envelope)
+        self.pair_source = Pairs()
+        self.block_pairs = nbops.BLOCK_PAIRS
         self.method = "simple"
         self.dsf_alpha, self.dsf_rc, self.dsf_self = 0.2, 15.0, 0.0
         self.ewald_rc, self.ewald_accuracy, self.ewald_width = 0.0, 1e-8, 1.0
@@ -292,12 +297,12 @@ class LRCoulomb(SRCoulomb):
             else:
                 kernel = self.kernel(d_ij, term, alpha) - self.envelope_weight(d_ij) / d_ij
             return self.neighbor_energy(kernel, mask, data)
-        pairs = nbops.long_range_pairs(data, cutoff)
+        pairs = self.pair_source.search(data, cutoff, self.block_pairs)
         if nbops.first_order(data):
             return self._pair_energy_first_order(q, data, pairs, term, alpha)
         energy = torch.zeros([nbops.n_molecules(data)], dtype=torch.float64, device=q.device)
         for k in range(pairs.n_blocks):
-            block = nbops.pair_block(data, pairs, k)
+            block = self.pair_source.block(data, pairs, k)
             kernel = self.kernel(block.d_ij, term, self._alpha_of_pairs(alpha, block, data))
             e_ij = _values(q, block.i) * _values(q, block.j) * kernel
             energy = energy + nbops.block_energy(e_ij, block, data)
@@ -320,7 +325,7 @@ class LRCoulomb(SRCoulomb):
         sums = PairSums(zeros[0], zeros[1:], virial)
         grad_mode = torch.is_grad_enabled()
         for k in range(pairs.n_blocks):
-            block = nbops.pair_block(inner, pairs, k)
+            block = self.pair_source.block(inner, pairs, k)
             torch.set_grad_enabled(True)
             d_ij = nbops.leaf(block.d_ij)
             kernel = self.kernel(d_ij, term, self._alpha_of_pairs(alpha, block, data))

@@ -678,11 +678,36 @@ def _molecule_values(data: dict[str, Tensor], key: str, default: float, n_mol: i
 
 
 def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 256) -> dict[str, Tensor]:
+    """Make the batch that the parts of a model work on: `internal_layout`, and neighbours of the network.
+
+    Parameters
+    ----------
+    data, dense_limit
+        As in `internal_layout`.
+    cutoff : float
+        Cutoff of the network, Å.
+
+    Returns
+    -------
+    dict
+        As of `internal_layout`, in flat layout with ``nbmat`` (``shifts``).
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, missing keys, a singular cell.
+    """
+    batch = internal_layout(data, dense_limit)
+    if is_flat(batch) and "nbmat" not in batch:
+        batch = with_neighbors(batch, cutoff)
+    return batch
+
+
+def internal_layout(data: dict[str, Tensor], dense_limit: int = 256) -> dict[str, Tensor]:
     """Copy the documented inputs of a batch into a new dictionary, in one of the two layouts that the model works in.
 
     Molecules that are not periodic, bring no neighbour matrix and have at most ``dense_limit`` places are in dense
     layout if they came so, or if there is one alone; everything else becomes flat with a padding atom at the end.
-    The neighbour matrix of the network is made where it is missing.
 
     Parameters
     ----------
@@ -690,8 +715,6 @@ def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 25
         The caller's batch, left as it is. Layouts: dense (B, N, 3); dense with ``nbmat`` (B, N, M), the last atom
         of each molecule being padding; flat (A, 3) with ``mol_idx`` (absent: one molecule), without or with
         ``nbmat`` (A, M), then the last atom is padding.
-    cutoff : float
-        Cutoff of the network, Å.
     dense_limit : int
         See above.
 
@@ -699,13 +722,13 @@ def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 25
     -------
     dict
         ``coord, numbers, charge, mult`` (+ ``mol_idx, nbmat, nbmat_lr, shifts, shifts_lr, cell`` (B, 3, 3) in flat
-        layout), ``_real_idx`` (places of the atoms that are not padding) and, where the layout was changed,
-        ``_restore_idx`` (for each of the caller's atoms its row).
+        layout, matrices where the caller gave them), ``_real_idx`` (places of the atoms that are not padding) and,
+        where the layout was changed, ``_restore_idx`` (for each of the caller's atoms its row).
 
     Raises
     ------
     ValueError
-        Shapes that do not fit, missing keys, a singular cell.
+        Shapes that do not fit, missing keys.
     """
     check_batch(data)
     coord, numbers = data["coord"], data["numbers"].long()
@@ -731,7 +754,7 @@ def internal_batch(data: dict[str, Tensor], cutoff: float, dense_limit: int = 25
     if "nbmat" in data:
         _add_atoms_with_neighbors(out, data, mol_idx)
     else:
-        _add_atoms(out, coord, numbers, mol_idx, cutoff)
+        _add_atoms(out, coord, numbers, mol_idx)
     return out
 
 
@@ -768,8 +791,8 @@ def _add_atoms_with_neighbors(out: dict[str, Tensor], data: dict[str, Tensor], m
         out["_restore_idx"] = torch.arange(mol_idx.shape[0], device=mol_idx.device)
 
 
-def _add_atoms(out: dict[str, Tensor], coord: Tensor, numbers: Tensor, mol_idx: Tensor, cutoff: float) -> None:
-    """Add the atoms that are not padding, in a row with one padding atom at the end, and their neighbours to ``out``.
+def _add_atoms(out: dict[str, Tensor], coord: Tensor, numbers: Tensor, mol_idx: Tensor) -> None:
+    """Add the atoms that are not padding, in a row with one padding atom at the end, to ``out``.
 
     ``coord`` and ``numbers`` are of either layout, ``mol_idx`` is of all their places.
     """
@@ -783,12 +806,17 @@ def _add_atoms(out: dict[str, Tensor], coord: Tensor, numbers: Tensor, mol_idx: 
     out["coord"] = torch.cat([coord.reshape(-1, 3)[kept], coord.new_zeros([1, 3])])
     out["numbers"] = torch.cat([numbers.reshape(-1)[kept], numbers.new_zeros([1])])
     out["mol_idx"] = torch.cat([mol_idx, last])
+
+
+def with_neighbors(batch: dict[str, Tensor], cutoff: float) -> dict[str, Tensor]:
+    """Add ``nbmat`` (``shifts``) of the pairs closer than ``cutoff``, Å, to a flat internal batch."""
     cell: Tensor | None = None
-    if "cell" in out:
-        cell = out["cell"]
-    out["nbmat"], shifts = neighbor_matrix(out["coord"][:-1], mol_idx, cutoff, cell)
+    if "cell" in batch:
+        cell = batch["cell"]
+    batch["nbmat"], shifts = neighbor_matrix(batch["coord"][:-1], batch["mol_idx"][:-1], cutoff, cell)
     if shifts is not None:
-        out["shifts"] = shifts
+        batch["shifts"] = shifts
+    return batch
 
 
 def emitted_batch(batch: dict[str, Tensor], data: dict[str, Tensor], atom_keys: list[str]) -> dict[str, Tensor]:

@@ -293,11 +293,10 @@ def three_molecules():
 
 @pytest.mark.parametrize("method", ["simple", "dsf", "ewald"])
 @pytest.mark.parametrize("block_pairs", [2**18, 20])
-def test_layouts_of_molecules_agree(method, block_pairs, monkeypatch):
-    search = nbops.long_range_pairs
-    monkeypatch.setattr(nbops, "long_range_pairs", lambda data, cutoff: search(data, cutoff, block_pairs))
+def test_layouts_of_molecules_agree(method, block_pairs):
     coord, q, numbers = three_molecules()
     lr = module(method, **({"dsf_rc": 6.0} if method == "dsf" else {}))
+    lr.block_pairs = block_pairs
     dense = nbops.internal_batch({"coord": coord, "numbers": numbers}, 5.0)
     expected = derivatives(lr, {**dense, "charges": q})
     real = numbers > 0
@@ -321,11 +320,10 @@ def two_crystals():
 
 @pytest.mark.parametrize("method", PERIODIC)
 @pytest.mark.parametrize("block_pairs", [2**18, 300])
-def test_crystals_alone_together_and_with_given_neighbours(method, block_pairs, monkeypatch):
-    search = nbops.long_range_pairs
-    monkeypatch.setattr(nbops, "long_range_pairs", lambda data, cutoff: search(data, cutoff, block_pairs))
+def test_crystals_alone_together_and_with_given_neighbours(method, block_pairs):
     coord, q, cells, mol_idx = two_crystals()
     lr = module(method, dsf_rc=9.0, ewald_accuracy=1e-12)
+    lr.block_pairs = block_pairs
     batch = charged_batch(coord, q, cells, mol_idx, 2)
     nbmat, shifts = neighbor_matrix(coord, mol_idx, lr.cutoff_lr_periodic, cells)
     own = {**batch, "nbmat_lr": nbmat, "shifts_lr": shifts}

@@ -20,6 +20,7 @@ from aimnet2mult.aev import (
     pair_list,
 )
 from aimnet2mult.config.builder import MODEL_NAMESPACES, build_module, check_kwargs
+from aimnet2mult.interfaces import BatchModule, TensorModule
 from aimnet2mult.modules import MLP, AtomicShift, Embedding
 
 
@@ -131,10 +132,10 @@ class AIMNet2(nn.Module):
 
         n_in_a = n_flat + self.conv_a.output_size
         n_in_q = num_charge_channels + self.conv_q.output_size
-        n_passes = len(hidden)
+        self.n_passes = len(hidden)
         mlps: list[nn.Module] = []
         for p, widths in enumerate(hidden):
-            last = p == n_passes - 1
+            last = p == self.n_passes - 1
             n_out = aim_size if last else n_flat + 2 * num_charge_channels
             n_in = n_in_a if p == 0 else n_in_a + n_in_q
             mlp = MLP(n_in, n_out, widths, nn.GELU, last_linear=p == 0)
@@ -190,12 +191,13 @@ class AIMNet2(nn.Module):
         data = self.aev(data)
         a, q = self.initial_features(data)
         Q = self.channel_charges(data).to(a.dtype)
-        for p, mlp in enumerate(self.mlps):
+        for p in range(self.n_passes):
+            mlp: TensorModule = self.mlps[p]  # type: ignore[assignment]
             x = [a.flatten(data["numbers"].dim()), self.conv_a(data, a)]
             if p > 0:
                 x += [q, self.conv_q(data, q)]
-            out = nbops.unpack_atoms(mlp(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
-            if p == len(self.mlps) - 1:
+            out = nbops.unpack_atoms(mlp.forward(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
+            if p == self.n_passes - 1:
                 data["aim"] = out
             else:
                 a, q = self.refined(a, q, out, Q, data)
@@ -276,7 +278,8 @@ class AIMNet2(nn.Module):
         n_features = self.feature_shape[0]
         a, q = self.initial_features(data)
         Q = self.channel_charges(data).to(a.dtype)
-        for p, mlp in enumerate(self.mlps):
+        for p in range(self.n_passes):
+            mlp: TensorModule = self.mlps[p]  # type: ignore[assignment]
             a, q = nbops.leaf(a), nbops.leaf(q)
             table = self._table(a.detach(), q.detach(), p > 0)
             sums = nbops.leaf(neighbor_sums(table, basis, pairs))
@@ -285,8 +288,8 @@ class AIMNet2(nn.Module):
                 x += [q, self.conv_q.from_sums(sums[..., n_features:])]
             tables.append(table)
             inputs.append([a, q, sums])
-            out = nbops.unpack_atoms(mlp(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
-            if p == len(self.mlps) - 1:
+            out = nbops.unpack_atoms(mlp.forward(nbops.pack_atoms(torch.cat(x, dim=-1), data)), data)
+            if p == self.n_passes - 1:
                 outputs.append([out])
             else:
                 a, q = self.refined(a, q, out, Q, data)
@@ -326,8 +329,10 @@ class AIMNet2(nn.Module):
 
     def readout(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the readouts on an encoded batch."""
-        for module in self.outputs.values():
-            data = module(data)
+        names: list[str] = list(self.outputs.keys())
+        for name in names:
+            module: BatchModule = self.outputs[name]  # type: ignore[assignment]
+            data = module.forward(data)
         return data
 
     def channel_charges(self, data: dict[str, Tensor]) -> Tensor:

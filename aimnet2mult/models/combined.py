@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aimnet2mult import nbops
+from aimnet2mult.interfaces import FidelityModel
 from aimnet2mult.models.jit_wrapper import DeployableModel
 
 
@@ -172,16 +173,10 @@ class CombinedModel(nn.Module):
 
     def evaluate(self, data: dict[str, Tensor], fidelity: int) -> dict[str, Tensor]:
         """Results of a batch in one fidelity."""
-        out: dict[str, Tensor] = {}
-        for f, model in enumerate(self.models):
-            if f == fidelity:
-                # What was set for all holds for the part (nn.Module says that attributes are tensors or modules).
-                model.compute_stress = self.compute_stress  # type: ignore[assignment]
-                model.compute_hessian = self.compute_hessian  # type: ignore[assignment]
-                model.check_spin = self.check_spin  # type: ignore[assignment]
-                model.dense_limit = self.dense_limit  # type: ignore[assignment]
-                out = model(data)
-        return out
+        model: FidelityModel = self.models[fidelity]  # type: ignore[assignment]
+        # What was set for all holds for the part.
+        model.set_options(self.compute_stress, self.compute_hessian, self.check_spin, self.dense_limit)
+        return model.forward(data)
 
     def evaluate_mixed(self, data: dict[str, Tensor], fidelity: Tensor, present: list[int]) -> dict[str, Tensor]:
         """Results of a batch of molecules in several fidelities (B,): one part of the batch after the other."""

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from aimnet2mult import nbops
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
+from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.compiled_file import METADATA_FILE, parse_metadata, torchscript_deprecation_ignored
-from aimnet2mult.neighborlist import neighbor_matrix
 
 DENSE_LIMIT = 120
 """Molecules of up to so many atoms are evaluated in dense layout, larger ones with a list of neighbours; where the two
 take the same time on a CPU (``benchmarks/compiled.py``)."""
-
 
 ROWS_TIMES_ATOMS = 2048
 """Rows of a Hessian that are computed together, times atoms: more need more memory and gain nothing."""
@@ -66,6 +65,7 @@ class DeployableModel(nn.Module):
     """
 
     allowed: Tensor
+    pair_source: PairSource
 
     def __init__(
         self,
@@ -77,6 +77,8 @@ class DeployableModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.pair_source = Pairs()
+        self.block_pairs = nbops.BLOCK_PAIRS
         self.cutoff = model.cutoff
         self.cutoff_lr = model.cutoff_lr
         self.cutoff_lr_periodic = model.cutoff_lr_periodic
@@ -129,7 +131,9 @@ class DeployableModel(nn.Module):
             return self.nothing(inputs)
         grad_mode = torch.is_grad_enabled()
         keep_graph = grad_mode and (data["coord"].requires_grad or ("cell" in data and data["cell"].requires_grad))
-        batch = nbops.internal_batch(inputs, self.cutoff, self.dense_limit)
+        batch = nbops.internal_layout(inputs, self.dense_limit)
+        if nbops.is_flat(batch) and "nbmat" not in batch:
+            batch = self.pair_source.neighbors(batch, self.cutoff)
 
         # From here to the switch back nothing may raise: grad mode would stay on for the caller.
         torch.set_grad_enabled(True)
@@ -249,21 +253,29 @@ class DeployableModel(nn.Module):
 
     def why_not_finite(self, batch: dict[str, Tensor]) -> str:
         """Say which atoms of an internal batch are on top of each other, if that is why the energy is not finite."""
-        real = batch["_real_idx"]
-        coord = batch["coord"].detach().reshape(-1, 3)[real]
-        n_atoms = batch["numbers"].shape[-1]
-        mol_idx = batch["mol_idx"][real] if "mol_idx" in batch else torch.div(real, n_atoms, rounding_mode="floor")
-        cell: Tensor | None = None
-        if "cell" in batch:
-            cell = batch["cell"].detach()
-        nbmat, _ = neighbor_matrix(coord, mol_idx, 0.05, cell)
-        pairs = torch.nonzero(nbmat < coord.shape[0])
-        if pairs.shape[0] == 0:
-            return "energy or forces are not finite, although the input is: positions or a weight out of all proportion"
-        i, j = int(pairs[0, 0].item()), int(nbmat[pairs[0, 0], pairs[0, 1]].item())
-        molecule = int(mol_idx[i].item())
-        first = int(torch.nonzero(mol_idx == molecule)[0].item())
-        return f"molecule {molecule}: atoms {i - first} and {j - first} (from 0) are on top of each other"
+        numbers, real = batch["numbers"], batch["_real_idx"]
+        molecule_of = torch.arange(numbers.numel(), device=real.device).div(numbers.shape[-1], rounding_mode="floor")
+        if "mol_idx" in batch:
+            molecule_of = batch["mol_idx"]
+        pairs = self.pair_source.search(batch, 0.05, self.block_pairs)
+        for k in range(pairs.n_blocks):
+            block = self.pair_source.block(batch, pairs, k)
+            shape = block.d_ij.shape
+            found = torch.nonzero(block.mask.expand(shape).flatten())
+            if found.shape[0] > 0:
+                i, j = block.i.expand(shape).flatten()[found[0]], block.j.expand(shape).flatten()[found[0]]
+                molecule = molecule_of[i]
+                real = real[molecule_of[real] == molecule]
+                places: list[int] = [int((real < i).sum().item()), int((real < j).sum().item())]
+                atoms = f"atoms {min(places)} and {max(places)} (from 0)"
+                return f"molecule {molecule.item()}: {atoms} are on top of each other"
+        return "energy or forces are not finite, although the input is: positions or a weight out of all proportion"
+
+    @torch.jit.export
+    def set_options(self, compute_stress: bool, compute_hessian: bool, check_spin: bool, dense_limit: int) -> None:
+        """Set the attributes of these names."""
+        self.compute_stress, self.compute_hessian = compute_stress, compute_hessian
+        self.check_spin, self.dense_limit = check_spin, dense_limit
 
     @torch.jit.export
     def set_coulomb_method(
@@ -540,7 +552,7 @@ def _check_second_derivatives(data: dict[str, Tensor]) -> None:
 def _errors_of_one_line() -> Iterator[None]:
     """Turn errors of TorchScript into those of Python, and do without its optimising executor.
 
-    That one costs half a second in the first calls of a process and gains nothing later.
+    That one costs seconds in the first calls of a process (``benchmarks/first_calls.py``) and gains nothing later.
     """
     with torch.jit.optimized_execution(False):
         try:

@@ -151,6 +151,12 @@ def test_file_holds_what_fidelities_share_once(files):
     assert sizes[3] < network_and_dispersion + 500_000
 
 
+def test_first_calls_do_not_depend_on_the_number_of_fidelities(combined):
+    """Each fidelity is a graph of its own, which the executor sees when it is called."""
+    graph = combined.module.inlined_graph
+    assert {node.s("name") for node in graph.findAllNodes("prim::CallMethod")} == {"forward", "set_options"}
+
+
 def test_file_says_what_it_is(files, combined):
     with torchscript_deprecation_ignored():
         raw = torch.jit.load(str(files[3]))

@@ -401,6 +401,17 @@ def test_charges_that_are_not_whole_are_not_counted(short_ranged):
     assert out["charges"].sum().item() == pytest.approx(0.5, abs=1e-2)
 
 
+def test_first_calls_optimise_only_what_they_use(model):
+    """The executor copies what is called directly into one graph, and takes seconds for ten thousand nodes."""
+    assert 500 < nodes(model.inlined_graph) < 4000
+    for name in ("lrcoulomb", "dftd3"):
+        assert nodes(getattr(model.model.outputs, name).inlined_graph) < 5000
+
+
+def nodes(graph):
+    return sum(1 + sum(map(nodes, node.blocks())) for node in graph.nodes())
+
+
 @pytest.mark.parametrize("limit", [120, ALL_FLAT])
 def test_nothing_single_atoms_and_no_neighbours(model, limit):
     model.dense_limit = limit
