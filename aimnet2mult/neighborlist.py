@@ -19,6 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_DENSITY = 5.0
+"""Atoms per Å³ that no matter has: diamond has 0.18, hydrogen in the middle of Jupiter 2."""
+
+MAX_IMAGES = 2e7
+"""Images of atoms that a search may make, besides 30 of each atom; each takes some 200 bytes meanwhile."""
+
 
 class PairSearch(NamedTuple):
     """The pairs of a system, to be found block by block; made by `pair_search`, read by `search_block`.
@@ -123,7 +129,7 @@ def _check_coordinates(coord: Tensor, mol_idx: Tensor, cutoff: float) -> None:
         raise ValueError(f"coord of molecule {int(mol_idx[atom].item())} is not finite (atom {atom} of the batch)")
 
 
-def _checked_cells(cell: Tensor, mol_idx: Tensor, n_mol: int, cutoff: float) -> Tensor:
+def _checked_cells(cell: Tensor, mol_idx: Tensor, n_mol: int, cutoff: float, densest: float = MAX_DENSITY) -> Tensor:
     """Cells (B, 3, 3) in float64; a ValueError names the first one that cannot hold its atoms."""
     if math.isinf(cutoff):
         raise ValueError("a periodic system needs a finite long-range cutoff: use the Coulomb method dsf or ewald")
@@ -134,19 +140,21 @@ def _checked_cells(cell: Tensor, mol_idx: Tensor, n_mol: int, cutoff: float) -> 
         raise ValueError(f"cell has {cells.shape[0]} entries for {n_mol} molecules")
     volume = torch.linalg.det(cells).abs()
     sizes = torch.bincount(mol_idx, minlength=cells.shape[0])
-    # Matter has more than 1 Å³ per atom: far below that, the lengths are not in Å.
     flat = volume < 1e-6 * torch.linalg.vector_norm(cells, dim=2).prod(dim=1)
-    wrong = (~torch.isfinite(volume)) | flat | (volume < 0.1 * sizes) | (volume == 0.0)
+    wrong = (~torch.isfinite(volume)) | flat | (volume * densest < sizes) | (volume == 0.0)
     if bool(wrong.any().item()):
         b = int(torch.nonzero(wrong)[0, 0].item())
         raise ValueError(
             f"the cell of molecule {b} has a volume of {float(volume[b].item())} Å³ for {int(sizes[b].item())} atoms: "
-            "its three rows must be lattice vectors in Å that are not in one plane"
+            "its three rows must be lattice vectors in Å that are not in one plane (did an optimisation let it "
+            "collapse? are the lengths in nm?)"
         )
     return cells
 
 
-def _points(coord: Tensor, mol_idx: Tensor, cutoff: float, cells: Tensor | None, half: bool) -> _Points:
+def _points(
+    coord: Tensor, mol_idx: Tensor, cutoff: float, cells: Tensor | None, half: bool, most: float = MAX_IMAGES
+) -> _Points:
     """The atoms, moved into their cell, and the images that come within ``cutoff`` of any of them.
 
     With ``half`` only images whose translation (relative to the cell) is in the upper half-space are made: pairs of
@@ -169,9 +177,10 @@ def _points(coord: Tensor, mol_idx: Tensor, cutoff: float, cells: Tensor | None,
         lowest = torch.cat([torch.zeros_like(lowest[:, :1]), lowest[:, 1:]], dim=1)
     per_axis = highest - lowest + 1.0
     needed = float(per_axis.prod(dim=1).sum().item())
-    if needed > 5e8:
+    if needed > most + 30.0 * n_atoms:
         raise ValueError(
-            f"a cutoff of {cutoff} Å needs {int(needed)} images of the atoms: cell is too small or too flat"
+            f"a cutoff of {cutoff} Å needs {int(needed)} images of the atoms: lattice vectors are "
+            "too short or the cell is too flat (take a less skewed cell of the same lattice; did it collapse?)"
         )
     per_axis = per_axis.long()
     per_atom = per_axis.prod(dim=1)
@@ -390,6 +399,18 @@ def _near_points(queries: _Queries, begin: int, end: int, total: int, cutoff: fl
     return query.index_select(0, near), other.index_select(0, near)
 
 
+def _most_neighbors(cutoff: float, densest: float = MAX_DENSITY) -> float:
+    """Number of neighbours within ``cutoff`` that no atom can have."""
+    return 100.0 + densest * 4.0 / 3.0 * math.pi * cutoff**3
+
+
+def _too_dense(most: float, cutoff: float) -> str:
+    return (
+        f"more than {int(most)} neighbours of an atom within {cutoff} Å, a density that no matter has: the atoms or "
+        "the cell have collapsed, or lengths are not in Å"
+    )
+
+
 def neighbor_matrix(
     coord: Tensor,
     mol_idx: Tensor,
@@ -428,7 +449,8 @@ def neighbor_matrix(
     Raises
     ------
     ValueError
-        Positions that are not finite, cells that cannot hold the atoms, a cell with an infinite cutoff.
+        Positions that are not finite, cells that cannot hold the atoms, a cell with an infinite cutoff, more
+        neighbours than `MAX_DENSITY` allows.
     """
     coord, mol_idx = coord.detach(), mol_idx.long()
     n_atoms = coord.shape[0]
@@ -436,8 +458,14 @@ def neighbor_matrix(
     bounds, counts = _blocks(queries.start, queries.end, candidates)
     i_parts = [torch.empty([0], dtype=torch.long, device=coord.device)]
     j_parts = [torch.empty([0], dtype=torch.long, device=coord.device)]
+    # A matrix of more would fill any memory, when a simulation has gone wrong.
+    most = _most_neighbors(cutoff)
+    n_found = 0
     for b in range(len(counts)):
         i, j = _near_points(queries, bounds[b], bounds[b + 1], counts[b], cutoff)
+        n_found += i.shape[0]
+        if n_found > (most + 1.0) * n_atoms:
+            raise ValueError(_too_dense(most, cutoff))
         other = i != j
         i_parts.append(i[other])
         j_parts.append(j[other])
@@ -447,6 +475,8 @@ def neighbor_matrix(
     # The pairs of an atom follow each other: the column of a pair is its distance from the first of them.
     found, n_of_each = torch.unique_consecutive(i, return_counts=True)
     width = max(1, int(n_of_each.max().item())) if found.shape[0] > 0 else 1
+    if width > most:
+        raise ValueError(_too_dense(most, cutoff))
     first = torch.repeat_interleave(torch.cumsum(n_of_each, 0) - n_of_each, n_of_each, output_size=i.shape[0])
     place = i * width + torch.arange(i.shape[0], device=i.device) - first
     nbmat = torch.full([(n_atoms + 1) * width], n_atoms, dtype=torch.long, device=coord.device)

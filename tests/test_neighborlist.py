@@ -318,6 +318,31 @@ def test_errors_name_the_molecule(function):
         function(coord, mol_idx, 3.0)
 
 
+@pytest.mark.parametrize("where", ["molecule", "one molecule of two", "crystal"])
+def test_collapsed_matter_is_refused_before_it_fills_the_memory(where):
+    ball = torch.rand(3000, 3, generator=torch.Generator().manual_seed(0)).double() * 0.5
+    mol_idx, cell = torch.zeros(3000, dtype=torch.long), None
+    if where == "one molecule of two":
+        sparse = torch.cartesian_prod(*[torch.arange(16.0).double()] * 3) * 4.0
+        ball, mol_idx = torch.cat([ball, sparse]), torch.cat([mol_idx, torch.ones(len(sparse), dtype=torch.long)])
+    elif where == "crystal":
+        cell = torch.eye(3).double() * 20.0
+    with pytest.raises(ValueError, match=r"more than 2717 neighbours of an atom within 5.0 Å.* have collapsed"):
+        neighbor_matrix(ball, mol_idx, 5.0, cell)
+
+
+@pytest.mark.parametrize("edge", [0.01, 0.1, 0.5])
+def test_collapsed_cells_are_refused_whatever_the_cutoff(edge):
+    atom, mol_idx = torch.zeros(1, 3), torch.zeros(1, dtype=torch.long)
+    for lengths in [(edge, edge, edge), (edge, 1.0, 0.1 / edge)]:
+        with pytest.raises(ValueError, match=r"volume of .* for 1 atoms: .* let it collapse"):
+            pair_search(atom, mol_idx, 31.75, torch.diag(torch.tensor(lengths)))
+    # The densest that is allowed, 0.2 Å³ for an atom, and layers of it that are close: as many images as are needed.
+    for lengths in [(0.6, 0.6, 0.6), (0.05, 2.0, 2.1)]:
+        found = pair_search(atom, mol_idx, 10.0, torch.diag(torch.tensor(lengths)))
+        assert sum(search_block(found, k)[0].shape[0] for k in range(n_blocks(found))) > 9000
+
+
 def test_integer_grid():
     assert integer_grid(torch.tensor([1, 0, 2])).shape == (15, 3)
 
