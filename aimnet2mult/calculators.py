@@ -4,6 +4,7 @@
 spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` and ``atoms.info["spin"]``.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ def _default_device() -> str:
 
 
 def _integer(value: Any, what: str) -> int:
-    if isinstance(value, bool) or int(value) != value:
+    # Numbers of numpy and of files too, but neither text nor None, which is no default but something left unfinished.
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or int(value) != value:
         raise ValueError(f"{what} must be a whole number, found {value!r}")
     return int(value)
 
@@ -155,7 +158,7 @@ class AIMNet2Calculator(Calculator):
             "charges": out["charges"].astype(np.float64),
         }
         if not atoms.get_pbc().any():
-            positions = atoms.get_positions() - atoms.get_center_of_mass()
+            positions = atoms.get_positions() - (atoms.get_center_of_mass() if len(atoms) else 0.0)
             self.results["dipole"] = self.results["charges"] @ positions
         if with_stress:
             if "stress" not in out:
@@ -228,8 +231,8 @@ class MultiFidelityCalculator(AIMNet2Calculator):
             for level, name in self.names.items():
                 if name == fidelity:
                     return level
-        elif fidelity in self.models:
-            return fidelity
+        elif isinstance(fidelity, (int, np.integer)) and not isinstance(fidelity, bool) and fidelity in self.models:
+            return int(fidelity)
         known = [f"{level}" if name == str(level) else f"{level} ({name})" for level, name in self.names.items()]
         raise ValueError(f"fidelity {fidelity!r}: {nearest(str(fidelity), known)}")
 

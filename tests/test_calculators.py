@@ -78,6 +78,36 @@ def test_impossible_multiplicity(compiled):
         AIMNet2Calculator(compiled, charge=0.5)
 
 
+@pytest.mark.parametrize("key", ["charge", "spin", "mult"])
+@pytest.mark.parametrize("value", [None, float("nan"), "x", "1", 0.5, True, np.array([1, 1])], ids=str)
+def test_charge_and_spin_that_are_no_whole_numbers(compiled, key, value):
+    atoms = molecule("H2O")
+    atoms.info[key] = value
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    with pytest.raises(ValueError, match=rf"^atoms.info\['{key}'\] must be a whole number, found "):
+        atoms.get_potential_energy()
+    if value is not None and key != "spin":
+        with pytest.raises(ValueError, match=rf"^{key} must be a whole number, found "):
+            AIMNet2Calculator(compiled, device="cpu", **{key: value})
+
+
+def test_whole_numbers_of_numpy_and_of_files(compiled):
+    atoms = molecule("CH3")
+    calc = AIMNet2Calculator(compiled, device="cpu")
+    for charge, spin in [(0, 2), (np.int64(0), np.float64(2.0)), (0.0, np.int8(2))]:
+        atoms.info.update(charge=charge, spin=spin)
+        assert calc.charge_and_mult(atoms) == (0, 2)
+
+
+def test_empty_atoms_and_dummy_atoms(compiled):
+    calc = AIMNet2Calculator(compiled, device="cpu")
+    assert calc.get_potential_energy(Atoms()) == 0.0
+    water = molecule("H2O")
+    with_dummy = water + Atoms("X", [[0.0, 0.0, 0.7]])
+    assert calc.get_potential_energy(with_dummy) == calc.get_potential_energy(water)
+    np.testing.assert_array_equal(calc.get_forces(with_dummy)[3], 0.0)
+
+
 def test_unknown_element_and_periodicity(compiled):
     atoms = Atoms("BrH", positions=[[0, 0, 0], [1.4, 0, 0]], calculator=AIMNet2Calculator(compiled, device="cpu"))
     with pytest.raises(ValueError, match=r"Br \(35\) is not among the elements"):
@@ -124,8 +154,12 @@ def test_fidelities_of_a_folder(model_dir):
     assert atoms.get_potential_energy() == energies[0]
     calc.set_fidelity(2)
     assert atoms.get_potential_energy() == energies[2]
-    with pytest.raises(ValueError, match="fidelity 3: known: 0, 1, 2"):
-        calc.set_fidelity(3)
+    for wrong in (3, -1, 1.0, True, None, "1x"):
+        with pytest.raises(ValueError, match=rf"^fidelity {wrong!r}: (known: 0, 1, 2|did you mean)"):
+            calc.set_fidelity(wrong)
+    assert calc.fidelity == 2
+    calc.set_fidelity(np.int64(1))
+    assert atoms.get_potential_energy() == energies[1]
 
 
 def test_folders_without_models(tmp_path, model_dir):
