@@ -149,9 +149,20 @@ class CombinedModel(nn.Module):
 
     @torch.jit.export
     def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
-        """Set the range of the D3 pairs of all fidelities; as in `DeployableModel`."""
+        """Set the range of the D3 pairs, in all fidelities that have D3; as in `DeployableModel`.
+
+        Raises
+        ------
+        ValueError
+            No fidelity has D3, or as in `DeployableModel`.
+        """
+        found = False
         for model in self.models:
-            model.set_dispersion_cutoff(cutoff, smoothing_fraction)  # type: ignore[operator]
+            if model.has_d3:
+                model.set_dispersion_cutoff(cutoff, smoothing_fraction)  # type: ignore[operator]
+                found = True
+        if not found:
+            raise ValueError("this model has no D3 dispersion, whose range could be set")
         self.update_ranges()
 
     def update_ranges(self) -> None:

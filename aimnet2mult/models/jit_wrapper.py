@@ -88,6 +88,7 @@ class DeployableModel(nn.Module):
         self.check_spin = True
         self.dense_limit = DENSE_LIMIT
         self.coulomb_method = next((str(m.method) for m in model.readouts() if hasattr(m, "method")), "none")
+        self.has_d3 = any(hasattr(m, "set_cutoff") for m in model.readouts())
         self.molecules_only = next((type(m).__name__ for m in model.readouts() if hasattr(m, "molecules_only")), "")
         self.spin_resolved = model.num_charge_channels == 2
         self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind == "atom" and name != "hessian"]
@@ -118,15 +119,16 @@ class DeployableModel(nn.Module):
         Raises
         ------
         ValueError
-            Shapes that do not fit, elements that the model was not trained on, coordinates that are not finite, atoms
-            on top of each other, an impossible multiplicity, a singular cell, a cell with a model whose Coulomb
-            method has infinite range (from TorchScript: ``torch.jit.Error``).
+            Shapes that do not fit, positions in half precision, elements that the model was not trained on, coordinates
+            that are not finite, atoms on top of each other, an impossible multiplicity, a singular cell, a cell with a
+            model whose Coulomb method has infinite range (from TorchScript: ``torch.jit.Error``).
         """
         self.check_input(data)
         inputs: dict[str, Tensor] = {}
         for key in self.input_keys:
             if key in data:
-                inputs[key] = data[key]
+                # Tensors made under inference mode cannot be differentiated by, their copies can.
+                inputs[key] = data[key].clone() if data[key].is_inference() else data[key]
         if data["numbers"].numel() == 0:
             return self.nothing(inputs)
         grad_mode = torch.is_grad_enabled()
@@ -197,11 +199,17 @@ class DeployableModel(nn.Module):
         }
         if self.spin_resolved:
             out["spin_charges"] = out["charges"]
+        if self.compute_stress and "cell" in data:
+            out["stress"] = coord.new_zeros(data["cell"].shape if n_mol == 1 else [n_mol, 3, 3])
+        if self.compute_hessian:
+            out["hessian"] = coord.new_zeros(coord.shape + coord.shape[-2:])
         return out
 
     def check_input(self, data: dict[str, Tensor]) -> None:
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
+        if data["coord"].dtype != torch.float32 and data["coord"].dtype != torch.float64:
+            raise ValueError("coord must be float32 or float64: positions of lower precision give wrong forces")
         nbops.check_values(data)
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(
@@ -309,7 +317,15 @@ class DeployableModel(nn.Module):
 
     @torch.jit.export
     def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
-        """Set the range of the D3 pairs (Å), and the fraction of it over which they are switched off."""
+        """Set the range of the D3 pairs (Å), and the fraction of it over which they are switched off.
+
+        Raises
+        ------
+        ValueError
+            A model without D3, values that make no sense.
+        """
+        if not self.has_d3:
+            raise ValueError("this model has no D3 dispersion, whose range could be set")
         for module in self.model.outputs.values():
             if hasattr(module, "set_cutoff"):
                 module.set_cutoff(cutoff, smoothing_fraction)  # type: ignore[operator]

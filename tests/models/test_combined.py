@@ -4,7 +4,8 @@ import torch
 from aimnet2mult.models.combined import CombinedModel, share_equal_tensors
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
 from aimnet2mult.models.jit_wrapper import load_jit_model
-from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model
+from aimnet2mult.tools.compile_jit import compile_model
+from aimnet2mult.tools.compile_options import choose_dispersion
 
 SAE = {
     0: "1: -13.587\n6: -1029.476\n7: -1485.234\n8: -2041.789\n9: -2715.3\n17: -12518.7\n",
@@ -151,9 +152,9 @@ def test_file_holds_what_fidelities_share_once(files):
     assert sizes[3] < network_and_dispersion + 500_000
 
 
-def test_first_calls_do_not_depend_on_the_number_of_fidelities(combined):
+def test_first_calls_do_not_depend_on_the_number_of_fidelities(files):
     """Each fidelity is a graph of its own, which the executor sees when it is called."""
-    graph = combined.module.inlined_graph
+    graph = load_jit_model(files[3]).module.inlined_graph  # of a model that has not been called
     assert {node.s("name") for node in graph.findAllNodes("prim::CallMethod")} == {"forward", "set_options"}
 
 
@@ -260,6 +261,18 @@ def test_coulomb_method_of_all_fidelities(files):
         torch.testing.assert_close(both["energy"][row], alone["energy"][0], rtol=0, atol=1e-6)
         torch.testing.assert_close(both["stress"][row], alone["stress"], rtol=0, atol=1e-8)
     assert model.module.cutoff_lr_periodic < float("inf")
+
+
+def test_range_of_dispersion_in_those_that_have_it(files, without_chlorine, fixtures_dir, tmp_path):
+    model = load_jit_model(files[3])
+    before = model(without_chlorine)["energy"]
+    model.set_dispersion_cutoff(4.0)
+    assert (model(without_chlorine)["energy"] - before).abs().max() > 1e-4
+    sae = {f: files[0].parent / f"sae{f}.yaml" for f in SAE}
+    options = {"model": fixtures_dir / "ref_mixed_model.yaml", "sae": sae}
+    path, _ = compile_model(fixtures_dir / "ref_mixed.pt", tmp_path / "m", combined=True, **options)
+    with pytest.raises(ValueError, match="this model has no D3 dispersion"):
+        load_jit_model(path).set_dispersion_cutoff(4.0)
 
 
 def test_equal_tensors_become_one():

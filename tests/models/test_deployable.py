@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aimnet2mult import nbops
+from aimnet2mult.dftd4 import DFTD4
 from aimnet2mult.dispersion_params import d3bj_parameters
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
 from aimnet2mult.models.jit_wrapper import DeployableModel, JitModel
@@ -246,6 +247,14 @@ def test_range_of_dispersion_can_be_set(model, molecules):
     assert torch.equal(model(data)["energy"], before)
 
 
+def test_range_of_dispersion_that_there_is_not(short_ranged, reference_model):
+    with_d4 = reference_model("ref_single", torch.float32)
+    with_d4.add_output("dftd4", DFTD4(s6=1.0, s8=0.9595, a1=0.3857, a2=4.8069))
+    for model in (short_ranged, DeployableModel(with_d4, sorted(SAE))):
+        with pytest.raises((torch.jit.Error, ValueError), match="this model has no D3 dispersion"):
+            model.set_dispersion_cutoff(10.0)
+
+
 # --------------------------------------------------------------------------------------------------
 # second derivatives
 # --------------------------------------------------------------------------------------------------
@@ -370,6 +379,8 @@ def water(**change):
         ({"mult": torch.tensor([2.0])}, "impossible for its number of electrons"),
         ({"mult": torch.tensor([0.0])}, "impossible for its number of electrons"),
         ({"mult": torch.tensor([13.0])}, "impossible for its number of electrons"),
+        ({"coord": water()["coord"].bfloat16()}, "coord must be float32 or float64"),
+        ({"coord": water()["coord"].half()}, "coord must be float32 or float64"),
         ({"numbers": torch.tensor([8.0, 1.0, 1.0])}, "numbers must be a tensor of whole numbers"),
         ({"numbers": torch.tensor([8, 1])}, "one number per atom"),
         ({"numbers": torch.tensor([8, 1, 35])}, r"Br \(35\) is not among"),
@@ -389,6 +400,17 @@ def test_wrong_input_is_an_error_and_never_nan(short_ranged, change, message, li
     with pytest.raises(torch.jit.Error, match=message):
         short_ranged(water(**{**change, "coord": coord}))
     assert torch.is_grad_enabled()
+
+
+def test_precision_of_positions_and_weights_may_differ(short_ranged, reference_model):
+    single = deployable(reference_model, (), torch.float32)
+    expected = short_ranged(water())["forces"]
+    found = single(water())["forces"]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    found = short_ranged(water(coord=water()["coord"].float()))["forces"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_spin_may_be_left_unchecked(short_ranged):
@@ -435,6 +457,25 @@ def test_nothing_single_atoms_and_no_neighbours(model, limit):
     assert torch.isfinite(out["energy"]).all()
     assert out["energy"][1] == 0.0
     assert torch.isfinite(out["forces"]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "cell", "stress"),
+    [
+        ((2, 0, 3), (2, 3, 3), (2, 3, 3)),
+        ((0, 7, 3), (3, 3), (0, 3, 3)),
+        ((1, 0, 3), (3, 3), (3, 3)),
+        ((0, 3), (3, 3), (3, 3)),
+    ],
+)
+def test_stress_and_hessian_of_nothing(short_ranged, shape, cell, stress):
+    nothing = {"coord": torch.zeros(shape), "numbers": torch.zeros(shape[:-1], dtype=torch.long)}
+    short_ranged.compute_stress = True
+    assert short_ranged({**nothing, "cell": torch.ones(cell)})["stress"].shape == stress
+    short_ranged.compute_hessian = True
+    out = short_ranged(nothing)
+    assert "stress" not in out
+    assert out["hessian"].shape == (*shape, *shape[-2:])
 
 
 def test_nothing_internal_leaks_and_nothing_of_the_caller_changes(model):

@@ -33,6 +33,7 @@ def test_tensors_made_under_inference_mode(model, one):
     with torch.inference_mode():
         made = {key: value.clone() for key, value in one.items()}
     assert torch.equal(model(made)["forces"], model(one)["forces"])
+    assert torch.equal(model.module(made)["forces"], model(one)["forces"])  # as from plain torch.jit.load
 
 
 @pytest.mark.parametrize("method", ["autograd", "finite_difference"])
