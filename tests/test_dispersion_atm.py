@@ -357,6 +357,29 @@ def test_single_precision_is_double_precision_to_its_rounding(name):
             np.testing.assert_allclose(result["virial"], expected["virial"], rtol=0, atol=2e-5 * scale)
 
 
+def test_graph_holds_the_triangles_that_count_only():
+    # 50 corners of up to 49 later neighbours: 19,600 triangles in 50·49·49 places, about a thousand of them small.
+    numbers, coord = random_cluster(50)
+    data = {key: value for key, value in batch(numbers, coord, flat=False).items() if key[:3] != "_d_"}
+    d_ij = torch.cdist(data["coord"][0], data["coord"][0])
+    model = DFTD3(**PBE, s9=1.0)
+    model.triple_cutoff = float(d_ij[d_ij > 0].quantile(0.3))
+    near = (d_ij < model.triple_cutoff) & (d_ij > 0)
+    n_triangles = int(torch.einsum("ij,jk,ki->", *[near.double()] * 3)) // 6
+    assert 200 < n_triangles < 3000
+    kept: list[int] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    data["coord"] = data["coord"].clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        energy = model(data)["energy"]
+    assert max(kept) < 10 * 50 * 50
+    assert energy.requires_grad
+
+
 def test_memory_of_first_derivatives_does_not_grow_with_the_pairs():
     # An atom has 32,000 pairs here; what autograd keeps of one block is what may be alive at the end.
     numbers, coord = random_cluster(405)
