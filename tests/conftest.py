@@ -81,7 +81,8 @@ def sae_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, sae_file):
     """A compiled model of a fixture: fidelity 1 of ``ref_mixed``, with D3(BJ)."""
-    from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model
+    from aimnet2mult.tools.compile_jit import compile_model
+    from aimnet2mult.tools.compile_options import choose_dispersion
 
     jpt, _ = compile_model(
         FIXTURES / "ref_mixed.pt",

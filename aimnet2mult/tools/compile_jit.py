@@ -16,21 +16,22 @@ import contextlib
 import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from aimnet2mult.tools.compile_options import (
+    ALL,
     Coulomb,
     Dispersion,
     ModelOptions,
     choose_coulomb,
-    choose_dispersion,
+    dispersion_of_flags,
 )
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ALL = "all"
-"""Name for all fidelities, on the command line and in names of files."""
+F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
 
 class CompiledModel(NamedTuple):
@@ -73,7 +73,7 @@ def compile_model(
     num_fidelities: int | None = None,
     use_fidelity_readouts: bool | None = None,
     sae: str | Path | Mapping[str, str | Path] | None = None,
-    dispersion: Dispersion | None = None,
+    dispersion: Dispersion | Mapping[str, Dispersion] | None = None,
     coulomb: Coulomb | None = None,
     stress: bool = False,
     hessian: bool = False,
@@ -100,13 +100,15 @@ def compile_model(
     sae : str, Path or mapping, optional
         Self-atomic energies of the fidelity, or {number or name: file} of several; needed only if the checkpoint does
         not hold them.
-    dispersion : Dispersion, optional
-        Default: what was subtracted from the labels in training; none if nothing was, or if the checkpoint does not
-        say (`aimnet2mult.tools.compile_options.dispersion_to_embed`).
+    dispersion : Dispersion or mapping, optional
+        For every fidelity that is compiled, or {number or name: correction}, in which ``all`` stands for those that are
+        not named. Default: what was subtracted from the labels in training; none if nothing was, or if the checkpoint
+        does not say (`aimnet2mult.tools.compile_options.dispersion_to_embed`).
     coulomb : Coulomb, optional
         How the Coulomb energy is summed; default: as trained.
     stress, hessian : bool
-        The file computes stress (of periodic systems) and Hessians whenever it is called.
+        The file computes stress (of periodic systems) and Hessians whenever it is called. Stress is refused if the
+        file could never give it; such a loaded model may be switched to another Coulomb method, and then to stress.
     licence, comment : str, optional
         Lines for the metadata.
     combined : bool
@@ -126,11 +128,17 @@ def compile_model(
         not finite, a compiled model that does not give what the model gave, files that are missing or cannot be
         written; nothing is written then.
     """
-    from aimnet2mult.tools.compile_source import find_fidelity, open_source, prepare
+    from aimnet2mult.tools.compile_source import (
+        check_stress,
+        dispersion_by_fidelity,
+        find_fidelity,
+        open_source,
+        prepare,
+    )
     from aimnet2mult.utils.files import check_writable
 
-    if str(output).endswith(("/", "\\")):
-        raise ValueError(f"--output {output}: expected the beginning of the names of files, such as {output}model")
+    if str(output).endswith(("/", "\\")) or not str(output):
+        raise ValueError(f"--output '{output}': expected the beginning of the names of files, such as {output}model")
     if combined:
         if fidelity_level not in (None, ALL):
             raise ValueError(f"--combined holds all fidelities; leave out --fidelity-level {fidelity_level}")
@@ -153,8 +161,11 @@ def compile_model(
         check_writable(_jpt(path))
         check_writable(_meta(path))
 
-    options = ModelOptions(dispersion, coulomb, stress, hessian, licence, comment)
+    corrections = dispersion_by_fidelity(source, dispersion, chosen)
+    options = ModelOptions(corrections, coulomb, stress, hessian, licence, comment)
     prepared = [prepare(source, f, options) for f in chosen]
+    if stress:
+        check_stress(prepared, combined)
     models = [join(source, prepared, default, options)] if combined else [single(part) for part in prepared]
     write(models, paths)
     for part in prepared:
@@ -300,6 +311,34 @@ def parse_sae_files(values: Sequence[str]) -> str | dict[str, str] | None:
     return files
 
 
+class PerFidelity(click.ParamType):
+    """``VALUE`` for all fidelities, or ``NAME=VALUE`` for one: gives (fidelity or `ALL`, value)."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = click.types.convert_type(kind)
+        self.name = self.kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Take the name of the fidelity off a value."""
+        name, equals, text = value.rpartition("=")
+        if equals and not name:
+            self.fail(f"{value!r}: expected VALUE, or the name of a fidelity before the sign: NAME=VALUE", param, ctx)
+        return name or ALL, self.kind.convert(text, param, ctx)
+
+
+def _dispersion_option(suffix: str, kind: type, values: str, text: str) -> Callable[[F], F]:
+    return click.option(
+        f"--dispersion{suffix}", type=PerFidelity(kind), multiple=True, metavar=f"[NAME=]{values}", help=text
+    )
+
+
+def dispersion_flags(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the ``--dispersion`` options among those of a command, as `dispersion_of_flags` takes them."""
+    prefix = "dispersion_"
+    found = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+    return {"method": options["dispersion"], **found}
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--weights", required=True, type=click.Path(), help="Checkpoint of the training (.pt).")
 @click.option("--model", type=click.Path(), help="Model YAML file; only for checkpoints that do not hold it.")
@@ -318,22 +357,25 @@ def parse_sae_files(values: Sequence[str]) -> str | dict[str, str] | None:
     metavar="[NAME=]FILE",
     help="Self-atomic energies (YAML); only for checkpoints without them. Of several fidelities, one for each.",
 )
-@click.option(
-    "--dispersion",
-    metavar="[none|d3bj|d4]",
-    help="Dispersion correction to embed.  [default: what training subtracted from the labels]",
+@_dispersion_option(
+    "",
+    str,
+    "[none|d3bj|d4]",
+    "Dispersion correction to embed, for every fidelity that is compiled, or for the one that is named (dft=d3bj), as "
+    "with all --dispersion options.  [default: what training subtracted from the labels]",
 )
-@click.option("--dispersion-functional", help="Functional whose D3(BJ) or D4 parameters to use, for instance b3lyp.")
-@click.option("--dispersion-s6", type=float, help="Own parameter s6; 1 if left out.")
-@click.option("--dispersion-s8", type=float, help="Own parameter s8.")
-@click.option("--dispersion-s9", type=float, help="Scale of the three-body energy.  [default: 0 for d3bj, 1 for d4]")
-@click.option("--dispersion-a1", type=float, help="Own parameter a1.")
-@click.option("--dispersion-a2", type=float, help="Own parameter a2, Bohr.")
-@click.option("--dispersion-cutoff", type=float, help="Range of D3(BJ) pairs, Å.  [default: 60 Bohr]")
-@click.option(
-    "--dispersion-smoothing",
-    type=float,
-    help="Fraction of --dispersion-cutoff, at its end, over which pairs are switched off.  [default: 0.2]",
+@_dispersion_option("-functional", str, "TEXT", "Functional whose D3(BJ) or D4 parameters to use, for instance b3lyp.")
+@_dispersion_option("-s6", float, "FLOAT", "Own parameter s6; 1 if left out.")
+@_dispersion_option("-s8", float, "FLOAT", "Own parameter s8.")
+@_dispersion_option("-s9", float, "FLOAT", "Scale of the three-body energy.  [default: 0 for d3bj, 1 for d4]")
+@_dispersion_option("-a1", float, "FLOAT", "Own parameter a1.")
+@_dispersion_option("-a2", float, "FLOAT", "Own parameter a2, Bohr.")
+@_dispersion_option("-cutoff", float, "FLOAT", "Range of D3(BJ) pairs, Å.  [default: 60 Bohr]")
+@_dispersion_option(
+    "-smoothing",
+    float,
+    "FLOAT",
+    "Fraction of --dispersion-cutoff, at its end, over which pairs are switched off.  [default: 0.2]",
 )
 @click.option(
     "--coulomb", metavar="[simple|dsf|ewald]", help="How the Coulomb energy is summed.  [default: as trained]"
@@ -357,15 +399,6 @@ def main(
     num_fidelities: int | None,
     use_fidelity_readouts: bool | None,
     sae: tuple[str, ...],
-    dispersion: str | None,
-    dispersion_functional: str | None,
-    dispersion_s6: float | None,
-    dispersion_s8: float | None,
-    dispersion_s9: float | None,
-    dispersion_a1: float | None,
-    dispersion_a2: float | None,
-    dispersion_cutoff: float | None,
-    dispersion_smoothing: float | None,
     coulomb: str | None,
     coulomb_cutoff: float | None,
     dsf_alpha: float | None,
@@ -374,16 +407,10 @@ def main(
     hessian: bool,
     licence: str | None,
     comment: str | None,
+    **dispersion: Any,
 ) -> None:
     """Compile a trained model to TorchScript, total energies and dispersion included."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    own = {
-        "s6": dispersion_s6,
-        "s8": dispersion_s8,
-        "s9": dispersion_s9,
-        "a1": dispersion_a1,
-        "a2": dispersion_a2,
-    }
     written = compile_model(
         weights,
         output,
@@ -393,7 +420,7 @@ def main(
         num_fidelities=num_fidelities,
         use_fidelity_readouts=use_fidelity_readouts,
         sae=parse_sae_files(sae),
-        dispersion=choose_dispersion(dispersion, dispersion_functional, own, dispersion_cutoff, dispersion_smoothing),
+        dispersion=dispersion_of_flags(dispersion_flags(dispersion)),
         coulomb=choose_coulomb(coulomb, coulomb_cutoff, dsf_alpha, ewald_accuracy),
         stress=stress,
         hessian=hessian,

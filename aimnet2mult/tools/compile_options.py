@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from aimnet2mult.dftd4 import DFTD4
     from aimnet2mult.dispersion import DFTD3
 
 logger = logging.getLogger(__name__)
+
+ALL = "all"
+"""Name for all fidelities, on the command line and in names of files."""
 
 SUBTRACTED = "subtracted from the labels"
 COMMAND_LINE = "command line"
@@ -141,6 +144,55 @@ def choose_dispersion(
     return Dispersion(method, None, _with_s9(method, {"s6": 1.0, **own}, s9), cutoff, smoothing)
 
 
+def dispersion_of_flags(flags: Mapping[str, Sequence[tuple[str, Any]]]) -> dict[str, Dispersion]:
+    """Check what was asked for, for each fidelity that was named, and for the others.
+
+    What is said for all fidelities goes for each of them that gets a correction, unless it is named with another value:
+    ``--dispersion d3bj --dispersion-functional b3lyp --dispersion xtb=none``.
+
+    Parameters
+    ----------
+    flags : mapping
+        Values of ``method, functional, cutoff, smoothing, s6, s8, s9, a1, a2``, each with the fidelity (number or name)
+        that it is for, or `ALL`.
+
+    Returns
+    -------
+    dict
+        {fidelity, or `ALL` for those that are not named: correction}, where one was asked for.
+
+    Raises
+    ------
+    ValueError
+        As `choose_dispersion`; two values of a flag for a fidelity.
+    """
+    given: dict[str, dict[str, Any]] = {ALL: {}}
+    for key, entries in flags.items():
+        for name, value in entries:
+            own = given.setdefault(name, {})
+            if key in own:
+                flag = "--dispersion" if key == "method" else f"--dispersion-{key}"
+                raise ValueError(f"{flag}: two values for {name}, {own[key]} and {value}; give one")
+            own[key] = value
+    common = given[ALL]
+    corrected = [name for name, own in given.items() if {**common, **own}.get("method", "none") != "none"]
+    chosen: dict[str, Dispersion] = {}
+    for name, own in given.items():
+        values = {**common, **own}
+        if corrected and name not in corrected:
+            # Functional and parameters for all are about those that get a correction.
+            values = {"method": common.get("method"), **({} if name == ALL else own)}
+        parameters = {key: values.get(key) for key in ("s6", "s8", "s9", "a1", "a2")}
+        ranges = values.get("cutoff"), values.get("smoothing")
+        try:
+            found = choose_dispersion(values.get("method"), values.get("functional"), parameters, *ranges)
+        except ValueError as error:
+            raise error if name == ALL else ValueError(f"dispersion of {name}: {error}") from error
+        if found is not None:
+            chosen[name] = found
+    return chosen
+
+
 def _ranges(method: str, cutoff: float | None, smoothing: float | None) -> tuple[float | None, float | None]:
     """Range of the pairs, Å, and fraction of it for switching off, checked and filled up."""
     if method != "d3bj" and (cutoff is not None or smoothing is not None):
@@ -236,7 +288,8 @@ def dispersion_to_embed(
         remedy = ", or train with subtract_dispersion: true for this fidelity" if labels.method == "d3bj" else ""
         raise ValueError(
             f"--dispersion {chosen.method}: the labels of {fidelity} contain {labels.text}, which the network has "
-            f"learned; with {chosen.text} on top, dispersion would be counted twice. Leave the flag out{remedy}."
+            f"learned; with {chosen.text} on top, dispersion would be counted twice. Leave the flag out, or "
+            f"say for which other fidelity it is (--dispersion NAME={chosen.method}){remedy}."
         )
     return chosen, source
 
@@ -312,8 +365,8 @@ class ModelOptions:
 
     Attributes
     ----------
-    dispersion : Dispersion, optional
-        Default: what was subtracted from the labels (`dispersion_to_embed`).
+    dispersion : mapping of int to Dispersion
+        By fidelity; default: what was subtracted from the labels (`dispersion_to_embed`).
     coulomb : Coulomb, optional
         Default: as trained.
     stress, hessian : bool, optional
@@ -322,7 +375,7 @@ class ModelOptions:
         Lines for the metadata.
     """
 
-    dispersion: Dispersion | None = None
+    dispersion: Mapping[int, Dispersion] = field(default_factory=dict)
     coulomb: Coulomb | None = None
     stress: bool = False
     hessian: bool = False

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aimnet2mult.tools import compile_jit
-from aimnet2mult.tools.compile_options import ModelOptions, choose_coulomb, choose_dispersion
+from aimnet2mult.tools.compile_options import ModelOptions, choose_coulomb, dispersion_of_flags
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aimnet2mult.tools.compile_options import Coulomb, Dispersion
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def export_checkpoint(
     fidelity_level: int | str | None = None,
     precision: str = "float32",
     aoti: bool = False,
-    dispersion: Dispersion | None = None,
+    dispersion: Dispersion | Mapping[str, Dispersion] | None = None,
     coulomb: Coulomb | None = None,
     licence: str | None = None,
     comment: str | None = None,
@@ -71,7 +73,7 @@ def export_checkpoint(
     """
     from aimnet2mult.models.compiled_file import metadata_text
     from aimnet2mult.models.exported import export_model, exported_keys, save_pt2
-    from aimnet2mult.tools.compile_source import find_fidelity, open_source, prepare
+    from aimnet2mult.tools.compile_source import dispersion_by_fidelity, find_fidelity, open_source, prepare
     from aimnet2mult.utils.files import atomic_path, check_writable
 
     if fidelity_level == compile_jit.ALL:
@@ -81,7 +83,8 @@ def export_checkpoint(
     pt2, meta = Path(f"{output}_fid{fidelity}.pt2"), Path(f"{output}_fid{fidelity}_pt2_meta.yaml")
     for path in (pt2, meta):
         check_writable(path)
-    options = ModelOptions(dispersion, coulomb, False, False, licence, comment)
+    corrections = dispersion_by_fidelity(source, dispersion, [fidelity])
+    options = ModelOptions(corrections, coulomb, False, False, licence, comment)
     prepared = prepare(source, fidelity, options)
     model = prepared.model.eval()
     metadata = {
@@ -156,10 +159,6 @@ def main(
     precision: str,
     aoti: bool,
     fidelity_level: str | None,
-    dispersion: str | None,
-    dispersion_functional: str | None,
-    dispersion_cutoff: float | None,
-    dispersion_smoothing: float | None,
     coulomb: str | None,
     coulomb_cutoff: float | None,
     dsf_alpha: float | None,
@@ -171,14 +170,14 @@ def main(
 ) -> None:
     """Export a trained model with torch.export, total energies and dispersion included, for molecules on the CPU."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    own = {key: rest.pop(f"dispersion_{key}") for key in ("s6", "s8", "s9", "a1", "a2")}
+    dispersion = {key: rest.pop(key) for key in [*rest] if key.startswith("dispersion")}
     written = export_checkpoint(
         weights,
         output,
         fidelity_level=fidelity_level,
         precision=precision,
         aoti=aoti,
-        dispersion=choose_dispersion(dispersion, dispersion_functional, own, dispersion_cutoff, dispersion_smoothing),
+        dispersion=dispersion_of_flags(compile_jit.dispersion_flags(dispersion)),
         coulomb=choose_coulomb(coulomb, coulomb_cutoff, dsf_alpha, ewald_accuracy),
         licence=licence,
         comment=comment,

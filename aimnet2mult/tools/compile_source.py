@@ -8,7 +8,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -35,7 +35,7 @@ from aimnet2mult.models.compiled_file import FORMAT_VERSION, LICENCE_NOT_STATED
 from aimnet2mult.models.jit_wrapper import DeployableModel
 from aimnet2mult.models.mixed_fidelity_aimnet2 import fidelity_slice, is_type_table
 from aimnet2mult.modules import SelfAtomicEnergies
-from aimnet2mult.tools.compile_options import Coulomb, Dispersion, ModelOptions, dispersion_to_embed
+from aimnet2mult.tools.compile_options import ALL, Coulomb, Dispersion, ModelOptions, dispersion_to_embed
 
 logger = logging.getLogger(__name__)
 
@@ -212,16 +212,53 @@ def _sae_files(
             fidelity = find_fidelity(source, name, "--sae")
             if fidelity in files:
                 raise ValueError(f"--sae {name}={path}: a second file for {source.title(fidelity)}")
-            if fidelity_level != "all" and fidelity != find_fidelity(source, fidelity_level):
+            if fidelity_level != ALL and fidelity != find_fidelity(source, fidelity_level):
                 raise ValueError(f"--sae {name}={path}: {source.title(fidelity)} is not compiled; leave the file out")
             files[fidelity] = Path(path)
         return files
-    if fidelity_level == "all" and source.num_fidelities > 1:
+    if fidelity_level == ALL and source.num_fidelities > 1:
         raise ValueError(
             f"--sae {sae}: one file for {source.num_fidelities} fidelities; give one for each, as --sae NAME=FILE "
             "(NAME may be its number)"
         )
-    return {0 if fidelity_level == "all" else find_fidelity(source, fidelity_level): Path(sae)}
+    return {0 if fidelity_level == ALL else find_fidelity(source, fidelity_level): Path(sae)}
+
+
+def dispersion_by_fidelity(
+    source: Source, asked: Dispersion | Mapping[str, Dispersion] | None, compiled: Sequence[int]
+) -> dict[int, Dispersion]:
+    """Corrections that are asked for, by the number of the fidelity.
+
+    Parameters
+    ----------
+    source : Source
+        The checkpoint.
+    asked : Dispersion or mapping, optional
+        For all fidelities, or {number or name: correction}, in which ``all`` stands for those that are not named.
+    compiled : sequence of int
+        The fidelities that are compiled.
+
+    Raises
+    ------
+    ValueError
+        A fidelity that there is not, that is not compiled, or that is named twice.
+    """
+    if asked is None or isinstance(asked, Dispersion):
+        asked = {} if asked is None else {ALL: asked}
+    chosen: dict[int, Dispersion] = {}
+    for name, dispersion in asked.items():
+        if name == ALL:
+            continue
+        fidelity = find_fidelity(source, name, "--dispersion")
+        if fidelity in chosen:
+            raise ValueError(f"--dispersion {name}={dispersion.method}: a second one for {source.title(fidelity)}")
+        if fidelity not in compiled:
+            raise ValueError(
+                f"--dispersion {name}={dispersion.method}: {source.title(fidelity)} is not compiled; leave it out"
+            )
+        chosen[fidelity] = dispersion
+    others = {fidelity: asked[ALL] for fidelity in compiled if fidelity not in chosen} if ALL in asked else {}
+    return {**chosen, **others}
 
 
 def self_atomic_energies(source: Source, fidelity: int) -> dict[int, float]:
@@ -410,7 +447,7 @@ def prepare(source: Source, fidelity: int, options: ModelOptions) -> Prepared:
     """
     checkpoint, title = source.checkpoint, source.title(fidelity)
     ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
-    dispersion, origin = dispersion_to_embed(ledger, options.dispersion, title)
+    dispersion, origin = dispersion_to_embed(ledger, options.dispersion.get(fidelity), title)
     energies = self_atomic_energies(source, fidelity)
     species = sorted((checkpoint.get("species") or {}).get(fidelity) or energies)
     without = [z for z in species if z not in energies]
@@ -449,13 +486,37 @@ def prepare(source: Source, fidelity: int, options: ModelOptions) -> Prepared:
         "cutoff": model.cutoff,
         "cutoff_lr": model.cutoff_lr,
         "cutoff_lr_periodic": model.cutoff_lr_periodic,
-        "periodic": math.isfinite(model.cutoff_lr_periodic) and dispersion.method != "d4",
+        "periodic": not reasons_against_cells(model),
         "coulomb": coulomb,
         "sae": {z: energies[z] for z in species},
         "labels_dispersion": None if ledger is None else dict(ledger["labels"]),
         "dispersion": described,
     }
     return Prepared(fidelity, title, model, dispersion, plain(metadata))
+
+
+def reasons_against_cells(model: DeployableModel) -> list[str]:
+    """Why a model cannot be used with a cell, and which options would help; nothing if it can."""
+    reasons = []
+    if math.isinf(model.cutoff_lr_periodic):
+        reasons.append("its Coulomb sum has no cutoff (--coulomb dsf or ewald has one)")
+    if model.molecules_only:
+        reasons.append(f"{model.molecules_only} is for molecules (--dispersion d3bj is for crystals, too)")
+    return reasons
+
+
+def check_stress(parts: Sequence[Prepared], combined: bool) -> None:
+    """Refuse a file that is to compute stress, and never can.
+
+    Raises
+    ------
+    ValueError
+        Says which fidelity cannot be used with a cell; of a combined file, none of them can.
+    """
+    without = [part for part in parts if reasons_against_cells(part.model)]
+    if without and (not combined or len(without) == len(parts)):
+        reasons = " and ".join(reasons_against_cells(without[0].model))
+        raise ValueError(f"--stress: {without[0].title} cannot be used with a cell: {reasons}")
 
 
 def common_metadata(source: Source, options: ModelOptions) -> dict[str, Any]:

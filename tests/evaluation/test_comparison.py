@@ -18,7 +18,8 @@ from aimnet2mult.evaluation.properties import PROPERTIES
 from aimnet2mult.evaluation.report import training_report
 from aimnet2mult.evaluation.statistics import Sums, total
 from aimnet2mult.modules import Forces
-from aimnet2mult.tools.compile_jit import choose_dispersion, compile_model
+from aimnet2mult.tools.compile_jit import compile_model
+from aimnet2mult.tools.compile_options import choose_dispersion
 from aimnet2mult.utils.units import HARTREE_EV
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from aimnet2mult.data.ledger import parse_dispersion
 from aimnet2mult.models.base import build_model, load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
-from aimnet2mult.tools.compile_jit import choose_coulomb, choose_dispersion, compile_model, main
+from aimnet2mult.tools.compile_jit import compile_model, main
+from aimnet2mult.tools.compile_options import choose_coulomb, choose_dispersion, dispersion_of_flags
 from aimnet2mult.tools.compile_source import differing_key
 
 
@@ -213,6 +214,10 @@ def test_output_that_cannot_be_written(run, mixed, tmp_path):
     assert result.exit_code == 2
     assert "expected the beginning of the names of files, such as" in result.output
     assert files == []
+    for nothing in (["--output", ""], ["--output="]):
+        result = CliRunner().invoke(main, [*map(str, mixed), "--fidelity-level", "0", *nothing])
+        assert result.exit_code == 2
+        assert "--output '': expected the beginning of the names of files, such as model" in result.output
 
 
 def test_single_fidelity_checkpoint(fixtures_dir, sae_file, tmp_path, reference, molecules):
@@ -328,8 +333,8 @@ def test_another_correction_than_was_subtracted_is_obeyed_with_a_warning(
     ("labels", "text", "remedy"),
     [
         ({"d3bj": "pbe"}, "D3(BJ) of pbe", "or train with subtract_dispersion: true for this fidelity."),
-        ({"d4": "gfn2"}, "D4 of gfn2", "Leave the flag out."),
-        ("vv10", "VV10", "Leave the flag out."),
+        ({"d4": "gfn2"}, "D4 of gfn2", "(--dispersion NAME=d3bj)."),
+        ("vv10", "VV10", "(--dispersion NAME=d3bj)."),
     ],
 )
 def test_dispersion_is_not_counted_twice(run, with_ledger, log, labels, text, remedy):
@@ -437,12 +442,106 @@ def test_all_fidelities_each_with_its_own_dispersion(run, with_ledger, tmp_path)
     assert methods == ["d3bj", "none"]
 
 
+def test_dispersion_of_one_fidelity_in_a_file_of_all(run, with_ledger, tmp_path, dimer):
+    checkpoint = with_ledger("none")  # fidelity 1 has labels with D4
+    flags = ["--dispersion", "dft=d3bj", "--dispersion-functional", "pbe"]
+    result, files = run("--weights", checkpoint, "--combined", *flags)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "out" / files[0]
+    about = load_jit_model(path).metadata["fidelities"]
+    assert [entry["dispersion"]["functional"] for entry in about] == ["pbe", None]
+    bare, _ = compile_model(checkpoint, tmp_path / "bare", combined=True)
+    batch = {**{key: value.repeat_interleave(2, 0) for key, value in dimer.items()}, "fidelity": torch.tensor([0, 1])}
+    added = energy(path, batch) - energy(bare, batch)
+    assert added[0] < -1e-3
+    assert added[1] == 0.0
+    model = load_jit_model(path)
+    model.module.double()
+    model.set_dispersion_cutoff(0.5)  # shorter than any distance
+    torch.testing.assert_close(model(batch)["energy"], energy(bare, batch), rtol=0, atol=1e-9)
+
+
+def test_each_file_has_the_dispersion_that_was_asked_for(own_checkpoint, tmp_path):
+    asked = {"all": choose_dispersion("d3bj", "pbe"), "xtb": choose_dispersion("d4", "pbe")}
+    paths = compile_model(own_checkpoint, tmp_path / "m", fidelity_level="all", dispersion=asked)
+    assert [load_jit_model(path).metadata["dispersion"]["method"] for path in paths[::2]] == ["d3bj", "d4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, {}),
+        ({"method": [("all", "none")]}, {"all": choose_dispersion("none")}),
+        (
+            {"method": [("dft", "d3bj")], "functional": [("dft", "b3lyp")]},
+            {"dft": choose_dispersion("d3bj", "b3lyp")},
+        ),
+        (
+            {"method": [("all", "d3bj"), ("xtb", "none")], "functional": [("all", "b3lyp")]},
+            {"all": choose_dispersion("d3bj", "b3lyp"), "xtb": choose_dispersion("none")},
+        ),
+        (
+            {"method": [("all", "none"), ("dft", "d3bj")], "functional": [("all", "b3lyp")], "s9": [("dft", 1.0)]},
+            {"all": choose_dispersion("none"), "dft": choose_dispersion("d3bj", "b3lyp", {"s9": 1.0})},
+        ),
+        (
+            {"method": [("all", "d3bj")], "functional": [("a", "pbe"), ("all", "b3lyp")], "cutoff": [("a", 20.0)]},
+            {"all": choose_dispersion("d3bj", "b3lyp"), "a": choose_dispersion("d3bj", "pbe", None, 20.0)},
+        ),
+        (
+            {
+                "method": [("a", "d3bj"), ("b", "d4")],
+                "s8": [("all", 1.0), ("b", 2.0)],
+                "a1": [("all", 0.4)],
+                "a2": [("all", 4.0)],
+            },
+            {
+                "a": choose_dispersion("d3bj", parameters={"s8": 1.0, "a1": 0.4, "a2": 4.0}),
+                "b": choose_dispersion("d4", parameters={"s8": 2.0, "a1": 0.4, "a2": 4.0}),
+            },
+        ),
+    ],
+)
+def test_dispersion_for_all_and_for_some(flags, expected):
+    assert dispersion_of_flags(flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dispersion=d3bj"], "--dispersion d3bj needs --dispersion-functional"),
+        (["--dispersion=dft=d3bj"], "dispersion of dft: --dispersion d3bj needs --dispersion-functional"),
+        (["--dispersion=dft=d5"], "dispersion of dft: --dispersion d5 is unknown"),
+        (["--dispersion=dft=none", "--dispersion-functional=b3lyp"], "a functional, parameters or a cutoff without"),
+        (["--dispersion-functional=xtb=b3lyp"], "dispersion of xtb: a functional, parameters or a cutoff without"),
+        (
+            ["--dispersion=dft=d3bj", "--dispersion-functional=b3lyp", "--dispersion-cutoff=xtb=10"],
+            "dispersion of xtb: a functional, parameters or a cutoff without",
+        ),
+        (["--dispersion=dft=d4", "--dispersion=dft=d3bj"], "--dispersion: two values for dft, d4 and d3bj"),
+        (["--dispersion-s8=1", "--dispersion-s8=2"], "--dispersion-s8: two values for all, 1.0 and 2.0"),
+        (["--dispersion=dft=none", "--dispersion=0=none"], "--dispersion 0=none: a second one for fidelity 0 (dft)"),
+        (["--dispersion=ccsd=none"], "--dispersion ccsd: the checkpoint has the fidelities 0 (dft), 1 (xtb)"),
+        (["--dispersion=xtb=none", "--fidelity-level=dft"], "xtb=none: fidelity 1 (xtb) is not compiled; leave it out"),
+        (["--dispersion==none"], "'=none': expected VALUE, or the name of a fidelity before the sign: NAME=VALUE"),
+        (["--dispersion-s8=dft=x"], "'x' is not a valid float"),
+    ],
+)
+def test_dispersion_of_fidelities_that_does_not_fit(run, own_checkpoint, flags, message):
+    how = [] if any("level" in flag for flag in flags) else ["--combined"]
+    result, files = run("--weights", own_checkpoint, *how, *flags)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert files == []
+
+
 @pytest.mark.parametrize("how", [["--fidelity-level", "all"], ["--combined"]])
 def test_all_are_checked_before_any_is_written(run, with_ledger, how):
     checkpoint = with_ledger("none")  # fidelity 1 has labels with D4
     result, files = run("--weights", checkpoint, *how, "--dispersion", "d3bj", "--dispersion-functional", "pbe")
     assert result.exit_code == 2
     assert "the labels of fidelity 1 (xtb) contain D4 of gfn2" in result.output
+    assert "say for which other fidelity it is (--dispersion NAME=d3bj)." in result.output
     assert files == []
 
 
@@ -663,6 +762,39 @@ def test_what_the_file_computes_in_every_call(own_checkpoint, tmp_path, dimer):
     assert sorted(plain({key: v.float() if v.is_floating_point() else v for key, v in dimer.items()})) == [
         *("charges", "energy", "forces", "spin_charges")
     ]
+
+
+COULOMB_ADVICE = "its Coulomb sum has no cutoff (--coulomb dsf or ewald has one)"
+D4_ADVICE = "DFTD4 is for molecules (--dispersion d3bj is for crystals, too)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--fidelity-level", 0], COULOMB_ADVICE),
+        (["--combined"], COULOMB_ADVICE),
+        (["--fidelity-level", 0, "--coulomb", "dsf", "--dispersion", "d4"], D4_ADVICE),
+        (["--fidelity-level", "all", "--coulomb", "dsf", "--dispersion", "dft=d4"], D4_ADVICE),
+        (["--fidelity-level", 0, "--dispersion", "d4"], f"{COULOMB_ADVICE} and {D4_ADVICE}"),
+    ],
+)
+def test_stress_that_could_never_be_computed(run, own_checkpoint, flags, reason):
+    functional = ["--dispersion-functional", "pbe"] if "--dispersion" in flags else []
+    result, files = run("--weights", own_checkpoint, "--stress", *flags, *functional)
+    assert result.exit_code == 2
+    assert f"--stress: fidelity 0 (dft) cannot be used with a cell: {reason}" in result.output
+    assert files == []
+
+
+def test_stress_of_some_fidelities_of_a_file(run, own_checkpoint, tmp_path, dimer):
+    d4 = ["--dispersion", "dft=d4", "--dispersion-functional", "pbe"]
+    result, files = run("--weights", own_checkpoint, "--stress", "--combined", "--coulomb", "dsf", *d4)
+    assert result.exit_code == 0, result.output
+    model = load_jit_model(tmp_path / "out" / files[0])
+    crystal = {**dimer, "cell": 10.0 * torch.eye(3, dtype=torch.float64)}
+    assert model({**crystal, "fidelity": torch.tensor(1)})["stress"].shape == (3, 3)
+    with pytest.raises(ValueError, match="DFTD4 is for molecules"):
+        model(crystal)
 
 
 def test_licence_and_comment(run, own_checkpoint, tmp_path):

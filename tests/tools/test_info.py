@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from aimnet2mult.data.ledger import parse_dispersion
 from aimnet2mult.models.base import build_model, load_model_config, save_checkpoint
 from aimnet2mult.models.compiled_file import save_jit_model, torchscript_deprecation_ignored
-from aimnet2mult.tools.compile_jit import choose_coulomb, choose_dispersion, compile_model
+from aimnet2mult.tools.compile_jit import compile_model
+from aimnet2mult.tools.compile_options import choose_coulomb, choose_dispersion
 from aimnet2mult.tools.info import main, read_info
 
 
