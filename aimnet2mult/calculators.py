@@ -148,8 +148,7 @@ class AIMNet2Calculator(Calculator):
         with_stress = "stress" in properties
         if with_stress and "cell" not in data:
             raise PropertyNotImplementedError("a molecule without a cell has no stress")
-        self.model.module.compute_stress = with_stress
-        out = {key: value[0].cpu().numpy() for key, value in self.model(data).items()}
+        out = {key: value[0].cpu().numpy() for key, value in _results(self.model, data, with_stress).items()}
         energy = float(out["energy"])
         self.results = {
             "energy": energy,
@@ -252,7 +251,13 @@ class MultiFidelityCalculator(AIMNet2Calculator):
     def energies(self, atoms: Atoms) -> dict[int, float]:
         """Total energy of ``atoms`` in every fidelity, eV; the active one stays as it is."""
         data = self.batch(atoms)
-        return {level: float(model(self._at(data, level))["energy"]) for level, model in self.models.items()}
+        return {level: float(_results(model, self._at(data, level))["energy"]) for level, model in self.models.items()}
+
+
+def _results(model: JitModel, data: dict[str, torch.Tensor], with_stress: bool = False) -> dict[str, torch.Tensor]:
+    """Results of a batch, without what the file would compute in every call and nobody asks for here."""
+    model.module.compute_stress, model.module.compute_hessian = with_stress, False
+    return model(data)
 
 
 def _models_of_file(path: Path, device: str) -> tuple[dict[int, JitModel], dict[int, str], int]:

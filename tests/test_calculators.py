@@ -8,7 +8,7 @@ from ase.build import molecule
 from ase.optimize import BFGS
 
 from aimnet2mult.calculators import AIMNet2Calculator, MultiFidelityCalculator, check_parity
-from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
 from aimnet2mult.tools.compile_jit import compile_model
 
 
@@ -142,6 +142,28 @@ def test_hessian(compiled):
     hessian = atoms.calc.get_hessian(atoms)
     assert hessian.shape == (9, 9)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+
+
+def test_file_that_computes_hessians_does_not_so_in_every_step(compiled, combined, monkeypatch):
+    keys = []
+    run = JitModel._run
+
+    def spy(model, data):
+        out = run(model, data)
+        keys.append(set(out))
+        return out
+
+    monkeypatch.setattr(JitModel, "_run", spy)
+    atoms = molecule("H2O")
+    calc = AIMNet2Calculator(compiled, device="cpu")
+    calc.model.module.compute_hessian = True
+    calc.get_forces(atoms)
+    assert calc.get_hessian(atoms).shape == (9, 9)
+    several = MultiFidelityCalculator(combined, device="cpu")
+    several.model.module.compute_hessian = True
+    several.energies(atoms)
+    assert len(keys) == 5
+    assert not any("hessian" in found for found in keys)
 
 
 def test_fidelities_of_a_folder(model_dir):
