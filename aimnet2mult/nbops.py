@@ -631,6 +631,11 @@ def check_values(data: dict[str, Tensor]) -> None:
             raise ValueError(f"{key} has {data[key].numel()} entries for {n_mol} molecules")
     if "mol_idx" in data and is_flat(data) and data["mol_idx"].shape[0] > 0:
         mol_idx = data["mol_idx"]
+        if n_mol > mol_idx.shape[0] and not ("charge" in data or "mult" in data):
+            raise ValueError(
+                f"mol_idx goes up to {n_mol - 1} with {mol_idx.shape[0]} atoms: if there are molecules without atoms, "
+                "charge or mult must say how many molecules there are"
+            )
         if bool((mol_idx[1:] < mol_idx[:-1]).any().item()):
             raise ValueError("mol_idx must be sorted: the atoms of a molecule follow each other")
         if int(mol_idx[0].item()) < 0 or int(mol_idx[-1].item()) >= n_mol:

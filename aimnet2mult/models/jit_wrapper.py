@@ -427,13 +427,19 @@ class JitModel:
         self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
     ) -> None:
         """Choose how long-range Coulomb energies are summed, see `DeployableModel.set_coulomb_method`."""
+        self._check_has("set_coulomb_method")
         with _errors_of_one_line():
             self.module.set_coulomb_method(method, cutoff, dsf_alpha, ewald_accuracy)
 
     def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
         """Set the range of D3 pairs, see `DeployableModel.set_dispersion_cutoff`."""
+        self._check_has("set_dispersion_cutoff")
         with _errors_of_one_line():
             self.module.set_dispersion_cutoff(cutoff, smoothing_fraction)
+
+    def _check_has(self, method: str) -> None:
+        if not hasattr(self.module, method):
+            raise ValueError(f"this file is of an earlier version, without {method}: compile the model again")
 
     def hessian(self, data: dict[str, Tensor], method: str = "autograd", step: float = 5e-3) -> Tensor:
         """Second derivatives of the energy.
@@ -492,6 +498,8 @@ class JitModel:
             raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
         if vector.shape != data["coord"].shape:
             raise ValueError(f"vector has shape {list(vector.shape)}, coord {list(data['coord'].shape)}")
+        if not torch.isfinite(vector).all():
+            raise ValueError("vector holds NaN or infinite values")
         if data["coord"].numel() == 0:
             return torch.zeros_like(data["coord"])
         with torch.inference_mode(False), torch.enable_grad():

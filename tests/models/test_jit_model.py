@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
+from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
 
 
 @pytest.fixture
@@ -52,6 +53,29 @@ def test_hessian_of_a_file_that_computes_it_anyway(model, one, method):
     assert torch.equal(model.hessian(one, method), expected)
     assert not any(differentiated_from)  # third derivatives would be prepared: minutes for a small crystal
     assert model.module.compute_hessian
+
+
+def test_vector_that_is_not_finite(model, one):
+    vector = torch.zeros_like(one["coord"])
+    vector[0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="vector holds NaN or infinite values"):
+        model.hessian_vector_product(one, vector)
+
+
+def test_options_that_files_of_version_1_did_not_have():
+    class Version1(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cutoff = 5.0
+
+        def forward(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return data
+
+    with torchscript_deprecation_ignored():
+        model = JitModel(torch.jit.script(Version1()), {})
+    for call in (lambda: model.set_coulomb_method("dsf"), lambda: model.set_dispersion_cutoff(10.0)):
+        with pytest.raises(ValueError, match=r"of an earlier version, without set_\w+: compile the model again"):
+            call()
 
 
 def test_second_derivatives_of_nothing(model):

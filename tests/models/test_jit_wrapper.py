@@ -121,6 +121,7 @@ def test_bad_input_is_refused_and_grad_mode_stays(compiled, raw, change, message
     ("change", "message"),
     [
         ({"mol_idx": torch.tensor([0, 1, 0])}, "mol_idx must be sorted"),
+        ({"mol_idx": torch.tensor([0, 0, 2_000_000_000])}, "mol_idx goes up to 2000000000 with 3 atoms"),
         ({"mol_idx": torch.tensor([0, 0, 1]), "charge": torch.zeros(1)}, "mol_idx must be between 0 and 0"),
         ({"mol_idx": torch.tensor([0, 0])}, "mol_idx has shape .2., coord .3, 3."),
     ],
