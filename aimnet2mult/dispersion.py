@@ -790,9 +790,10 @@ class DFTD3(RationalDispersion):
         return self.add_energy(self.hartree * nbops.mol_sum(energy.view(data["numbers"].shape), data), data)
 
     def energy_with_first_derivatives(self, data: dict[str, Tensor]) -> Tensor:
-        """Energy (B,), eV, of a flat batch with its derivatives by ``coord`` and ``cell`` attached."""
+        """Energy (B,), eV, with its derivatives by ``coord`` and ``cell`` attached."""
         result = self.derivatives(data)
-        energy = nbops.attach_gradient(result.energy, data["coord"], result.coord, data)
+        gradient = result.coord.view(data["coord"].shape)
+        energy = nbops.attach_gradient(result.energy, data["coord"], gradient, data)
         if result.virial.shape[0] > 0:
             # Σ r_ij (dE/dr_ij)ᵀ = coordᵀ dE/dcoord + cellᵀ dE/dcell
             moments = data["coord"].detach().double().unsqueeze(2) * result.coord.unsqueeze(1)

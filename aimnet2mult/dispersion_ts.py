@@ -112,7 +112,7 @@ class D3TS(RationalDispersion):
         return values[:, 0].contiguous(), values[:, 1].masked_fill(padding, 1.0)
 
     def energy_with_first_derivatives(self, data: dict[str, Tensor], pairs: nbops.LongRangePairs, q: Tensor) -> Tensor:
-        """Energy (B,), eV, of a flat batch, differentiated block by block, with the derivatives attached."""
+        """Energy (B,), eV, differentiated block by block, with the derivatives attached."""
         inner: dict[str, Tensor] = {}
         for key, value in data.items():
             inner[key] = value

@@ -151,7 +151,7 @@ class AtomicShift(nn.Module):
 
 
 class SelfAtomicEnergies(nn.Module):
-    """Add the self-atomic energies (SAE) of the atoms to ``key_out``, in float64.
+    """Add the self-atomic energies (SAE) of the atoms to ``key_out``, in float64, whatever the model is cast to.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class SelfAtomicEnergies(nn.Module):
         Energy of each molecule (B,), eV.
     """
 
-    sae: Tensor
+    sae_bits: Tensor
 
     def __init__(self, sae: Mapping[int, float], key_out: str = "energy") -> None:
         super().__init__()
@@ -170,11 +170,13 @@ class SelfAtomicEnergies(nn.Module):
         table[0] = 0.0
         for z, energy in sae.items():
             table[z] = energy
-        self.register_buffer("sae", table)
+        # The bits of the numbers as integers, so that casting the module does not touch them.
+        self.register_buffer("sae_bits", table.view(torch.int64))
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add to ``key_out``, or set it."""
-        energy = nbops.mol_sum(self.sae[data["numbers"]], data)
+        sae = torch.view_copy(self.sae_bits, dtype=torch.float64)
+        energy = nbops.mol_sum(sae[data["numbers"]], data)
         if self.key_out in data:
             energy = data[self.key_out] + energy
         data[self.key_out] = energy

@@ -453,8 +453,8 @@ def block_energy(e_ij: Tensor, block: PairBlock, data: dict[str, Tensor]) -> Ten
 def first_order(data: dict[str, Tensor]) -> bool:
     """Tell whether first derivatives of the energy are all that will be taken, so that memory can stay linear.
 
-    The key ``_first_order`` says so, of flat batches only. A long-range term then differentiates block by block
-    and hands the derivative over with `attach_gradient`.
+    The key ``_first_order`` says so. A term whose pairs or triples are many then differentiates block by block and
+    hands the derivative over with `attach_gradient`.
     """
     return "_first_order" in data
 

@@ -64,9 +64,11 @@ def test_output_writes_nothing_for_padding(batch):
     assert (out[batch["numbers"] > 0] != 0).all()
 
 
-def test_sums_of_self_atomic_energies_are_exact(batch):
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_sums_of_self_atomic_energies_are_exact_whatever_the_model_is_cast_to(batch, dtype):
     sae = {1: -13.587, 6: -1029.476, 7: -1485.234, 8: -2041.789, 9: -2715.3, 17: -12518.7}
-    energy = SelfAtomicEnergies(sae)(dict(batch))["energy"]
+    module = SelfAtomicEnergies(sae)
+    energy = (module if dtype is None else module.to(dtype))(dict(batch))["energy"]
     for i, numbers in enumerate(batch["numbers"]):
         assert energy[i].item() == pytest.approx(sum(sae[int(z)] for z in numbers if z > 0), abs=1e-9)
 

@@ -173,7 +173,10 @@ class DeployableModel(nn.Module):
             if with_stress:
                 by.append(batch["cell"] if keep_graph and batch["cell"].requires_grad else nbops.leaf(batch["cell"]))
                 batch["cell"] = by[1]
-            out = self.model.readout(self.model.encode(batch))
+            batch = self.model.encode(batch)
+            if not (flat or keep_graph or self.compute_hessian):
+                batch["_first_order"] = batch["charge"]
+            out = self.model.readout(batch)
             found = torch.autograd.grad([out["energy"].sum()], by, create_graph=keep_graph or self.compute_hessian)
             coord_gradient, cell_gradient = found[0], found[-1]
         assert coord_gradient is not None

@@ -7,7 +7,7 @@ import torch
 
 from aimnet2mult import nbops
 from aimnet2mult.dftd4 import DFTD4
-from aimnet2mult.dispersion_params import d3bj_parameters
+from aimnet2mult.dispersion_params import d3bj_parameters, d4_parameters
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
 from aimnet2mult.models.jit_wrapper import DeployableModel, JitModel
 from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
@@ -108,6 +108,22 @@ def test_every_way_of_evaluation_gives_the_same(model, molecules, to_flat, metho
     assert_same({key: value.detach() for key, value in model({**data, "coord": coord}).items()}, expected)
     out = model(with_lists(to_flat(data), 5.0, 100.0))
     assert_same({key: value[:-1] if key != "energy" else value for key, value in out.items()}, flat)
+
+
+@pytest.mark.parametrize("term", ["d3_with_triples", "d4"])
+def test_three_body_terms_give_the_same_forces_with_and_without_graph(reference_model, molecules, term):
+    """Without, triples are differentiated block by block, in dense layout, too."""
+    network = reference_model("ref_single", torch.float64)
+    p = d4_parameters("b3lyp")
+    d4 = DFTD4(s8=p.s8, a1=p.a1, a2=p.a2, s6=p.s6, s9=p.s9)
+    network.add_output("dispersion", d4 if term == "d4" else DFTD3(s8=1.9889, a1=0.3981, a2=4.4211, s9=1.0))
+    model = DeployableModel(network, sorted(SAE))
+    data = molecules(torch.float64)
+    expected = model({**data, "coord": data["coord"].clone().requires_grad_()})
+    assert expected["forces"].requires_grad
+    out = model(data)
+    torch.testing.assert_close(out["energy"], expected["energy"].detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(out["forces"], expected["forces"].detach(), rtol=0, atol=1e-10)
 
 
 def test_one_flat_molecule(model, molecules):

@@ -88,6 +88,14 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(exported):
     assert (out["charges"][:, 6:] == 0).all()
 
 
+def test_total_energies_of_single_precision_files(tmp_path, source, jpt, molecules):
+    """Self-atomic energies of tens of thousands of eV keep all their digits."""
+    path, _ = export_checkpoint(output=tmp_path / "single", precision="float32", **source)
+    expected = jpt(molecules(torch.float64))["energy"]
+    assert expected.abs().max() > 1e4
+    torch.testing.assert_close(load_pt2(path)(molecules(torch.float32))["energy"], expected, rtol=0, atol=2e-5)
+
+
 def test_batches_without_atoms_or_molecules(exported):
     none = exported({"coord": torch.zeros(0, 3, 3), "numbers": torch.zeros(0, 3, dtype=torch.long)})
     assert none["energy"].shape == (0,)
