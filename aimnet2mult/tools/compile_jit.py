@@ -137,8 +137,7 @@ def compile_model(
     )
     from aimnet2mult.utils.files import check_writable
 
-    if str(output).endswith(("/", "\\")) or not str(output):
-        raise ValueError(f"--output '{output}': expected the beginning of the names of files, such as {output}model")
+    check_prefix(output)
     if combined:
         if fidelity_level not in (None, ALL):
             raise ValueError(f"--combined holds all fidelities; leave out --fidelity-level {fidelity_level}")
@@ -171,6 +170,18 @@ def compile_model(
     for part in prepared:
         logger.info("%s compiled; %s added", part.title, part.dispersion.text)
     return tuple(file for path in paths for file in (_jpt(path), _meta(path)))
+
+
+def check_prefix(output: str | Path) -> None:
+    """Refuse a folder, or nothing, in place of the beginning of the names of files.
+
+    Raises
+    ------
+    ValueError
+        Says what is expected.
+    """
+    if not str(output) or str(output).endswith(("/", "\\")):
+        raise ValueError(f"--output '{output}': expected the beginning of the names of files, such as {output}model")
 
 
 def _jpt(path: Path) -> Path:

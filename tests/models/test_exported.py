@@ -223,7 +223,9 @@ def test_files_that_are_not_models(tmp_path, compiled):
         (["--fidelity-level", "9"], "the checkpoint has the fidelities 0..2"),
         (["--fidelity-level", "1", "--precision", "bf16"], "'bf16' is not one of"),
         (["--fidelity-level", "1", "--dispersion", "d4", "--dispersion-functional", "pbe"], "--dispersion-s9 0"),
+        (["--fidelity-level", "1", "--dispersion", "0=none"], "--dispersion 0=none: fidelity 0 is not compiled"),
         (["--fidelity-level", "1", "--stress"], "No such option"),
+        (["--fidelity-level", "1", "--output", ""], "expected the beginning of the names of files"),
     ],
 )
 def test_mistakes_of_the_command_line(tmp_path, source, flags, message):
