@@ -187,7 +187,9 @@ def dispersion_of_flags(flags: Mapping[str, Sequence[tuple[str, Any]]]) -> dict[
         try:
             found = choose_dispersion(values.get("method"), values.get("functional"), parameters, *ranges)
         except ValueError as error:
-            raise error if name == ALL else ValueError(f"dispersion of {name}: {error}") from error
+            if name == ALL:
+                raise
+            raise ValueError(f"dispersion of {name}: {error}") from error
         if found is not None:
             chosen[name] = found
     return chosen
