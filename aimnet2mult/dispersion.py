@@ -596,6 +596,9 @@ class DFTD3(RationalDispersion):
     def set_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
         """Set the range of the pairs (Å) and the fraction of it, at its end, over which they are switched off.
 
+        Pairs are searched for up to 40 Bohr (21.2 Å) all the same, for the coordination numbers: a range of 21 Å
+        takes a fifth of the time of the default, a shorter one saves nothing more.
+
         Raises
         ------
         ValueError

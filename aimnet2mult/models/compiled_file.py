@@ -127,6 +127,10 @@ def read_compiled_file(path: str | Path) -> FileContent:
             }
     except (zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): {error}") from error
+    if any("/aotinductor/" in name or name.endswith("models/model.json") for name in names):
+        raise ValueError(
+            f"{path}: an exported model (.pt2): what it is says the _pt2_meta.yaml beside it; this is for the .jpt"
+        )
     if not any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): no TorchScript inside")
     golden = json.loads(texts[GOLDEN_FILE]) if GOLDEN_FILE in texts else None

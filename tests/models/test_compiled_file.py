@@ -135,6 +135,15 @@ def test_files_that_are_no_models(tmp_path):
         read_compiled_file(checkpoint)
 
 
+@pytest.mark.parametrize("aoti", [False, True])
+def test_exported_models_are_sent_to_their_metadata(tmp_path, aoti):
+    path = tmp_path / "model_fid0.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("p/data/aotinductor/model/x.so" if aoti else "p/models/model.json", "")
+    with pytest.raises(ValueError, match=r"model_fid0.pt2: an exported model \(.pt2\): .* _pt2_meta.yaml"):
+        read_compiled_file(path)
+
+
 def test_metadata_as_text():
     metadata = {"levels": {0: "ωB97M-D3", 1: None}, "sae": {1: -13.587_123_456_789}, "cutoff": float("inf")}
     text = metadata_text(metadata)
