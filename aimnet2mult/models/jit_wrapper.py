@@ -367,11 +367,13 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not a TorchScript file, or one of a later version of this package.
+        No such file; not a TorchScript file, or one of a later version of this package; no GPU.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: PyTorch {torch.__version__} finds no GPU here; use cpu")
     extra = {METADATA_FILE: ""}
     try:
         with torchscript_deprecation_ignored():

@@ -172,6 +172,12 @@ def test_file_says_what_it_is(compiled):
     assert model.metadata["sae"] == SAE
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(compiled):
+    with pytest.raises(ValueError, match="finds no GPU here; use cpu"):
+        load_jit_model(compiled, device="cuda")
+
+
 def test_files_that_are_not_models(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_jit_model(tmp_path / "absent.jpt")
