@@ -439,8 +439,9 @@ def test_charges_that_are_not_whole_are_not_counted(short_ranged):
     assert out["charges"].sum().item() == pytest.approx(0.5, abs=1e-2)
 
 
-def test_first_calls_optimise_only_what_they_use(model):
+def test_first_calls_optimise_only_what_they_use(reference_model):
     """The executor copies what is called directly into one graph, and takes seconds for ten thousand nodes."""
+    model = deployable(reference_model)  # one that has not been called
     assert 500 < nodes(model.inlined_graph) < 4000
     for name in ("lrcoulomb", "dftd3"):
         assert nodes(getattr(model.model.outputs, name).inlined_graph) < 5000
