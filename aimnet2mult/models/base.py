@@ -18,6 +18,7 @@ from aimnet2mult.constants import FIDELITY_OFFSET, TYPES_PER_FIDELITY
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, num_types
 from aimnet2mult.utils.files import atomic_path
+from aimnet2mult.utils.text import first_line
 
 DEFAULT_MODEL = Path(aimnet2mult.__file__).parent / "config" / "default_model.yaml"
 """The full-size model."""
@@ -291,7 +292,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         # Of files that are no pickles at all, the unpickler says things like KeyError(105).
-        reason = f" ({str(error).splitlines()[0]})" if isinstance(error, pickle.UnpicklingError) and str(error) else ""
+        reason = f" ({first_line(error)})" if isinstance(error, pickle.UnpicklingError) and str(error) else ""
         raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely{reason}") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         checkpoint = dict(content)

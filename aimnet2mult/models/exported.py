@@ -28,6 +28,7 @@ from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.compiled_file import METADATA_FILE, metadata_text, parse_metadata
 from aimnet2mult.models.jit_wrapper import DeployableModel
+from aimnet2mult.utils.text import first_line
 
 INPUTS = ("coord", "numbers", "charge", "mult", "real_idx")
 """Tensors that a program takes, in this order."""
@@ -115,8 +116,8 @@ def export_model(model: DeployableModel, precision: str = "float32") -> "torch.e
             graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
             return torch.export.export(graph, example, dynamic_shapes=shapes)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            reason = next(line.strip() for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-            raise ValueError(f"this model cannot be exported with PyTorch {torch.__version__}: {reason}") from error
+            version = torch.__version__
+            raise ValueError(f"this model cannot be exported with PyTorch {version}: {first_line(error)}") from error
 
 
 def _fix_elements(network: AIMNet2, species: Sequence[int]) -> None:
@@ -190,9 +191,9 @@ def save_pt2(
         options = {"aot_inductor.metadata": {METADATA_KEY: text}}
         try:
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-        except Exception as error:  # compilers fail in many ways, and none is ours
-            reason = next(line.strip() for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-            raise ValueError(f"--aoti: AOTInductor cannot compile this model here ({reason})") from error
+        # Inductor's passes, the C++ compiler and its linker raise what they like: assertions, lookups, lost programs.
+        except Exception as error:
+            raise ValueError(f"--aoti: AOTInductor cannot compile this model here ({first_line(error)})") from error
 
 
 def load_pt2(path: str | Path) -> "ExportedModel":
@@ -225,8 +226,7 @@ def load_pt2(path: str | Path) -> "ExportedModel":
                 program = torch.export.load(str(path), extra_files=extra).module()
                 text = extra[METADATA_FILE]
     except (RuntimeError, OSError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not an exported model (.pt2 of tools.compile_pt2): {reason}") from error
+        raise ValueError(f"{path}: not an exported model (.pt2 of tools.compile_pt2): {first_line(error)}") from error
     metadata = parse_metadata(text, path)
     if "outputs" not in metadata:
         raise ValueError(f"{path}: not an exported model: it does not say what it returns; was it made by compile_pt2?")

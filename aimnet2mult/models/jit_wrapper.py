@@ -18,6 +18,8 @@ from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.compiled_file import METADATA_FILE, parse_metadata, torchscript_deprecation_ignored
+from aimnet2mult.utils.devices import usable_device
+from aimnet2mult.utils.text import first_line
 
 DENSE_LIMIT = 120
 """Molecules of up to so many atoms are evaluated in dense layout, larger ones with a list of neighbours; where the two
@@ -367,20 +369,20 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not a TorchScript file, or one of a later version of this package; no GPU.
+        No such file; not a TorchScript file, or one of a later version of this package; a device that
+        cannot be used here.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: PyTorch {torch.__version__} finds no GPU here; use cpu")
+    kind = "GPU" if str(device).startswith("cuda") else "such device"
+    place = usable_device(device, f"device {device}: PyTorch {torch.__version__} finds no {kind} here; use cpu")
     extra = {METADATA_FILE: ""}
     try:
         with torchscript_deprecation_ignored():
-            module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+            module = torch.jit.load(str(path), map_location=place, _extra_files=extra)
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): {reason}") from error
+        raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): {first_line(error)}") from error
     return JitModel(module, parse_metadata(extra[METADATA_FILE], path))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from aimnet2mult.utils.cli import OrderedCommand, user_errors
+from aimnet2mult.utils.devices import usable_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -200,11 +201,7 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    # torch's ways to refuse: an unknown name or no such GPU, a build without CUDA, a device without kernels.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
+    return usable_device(name, f"--device {name}: cannot be used")
 
 
 def _history(requests: Sequence[Request], path: str | Path | None) -> tuple[list[dict[str, Any]], Mapping[str, str]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aimnet2mult.utils.cli import user_errors
+from aimnet2mult.utils.devices import usable_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,8 +45,6 @@ def verify(
     FileNotFoundError, ValueError
         No such file; not a compiled model, or one without golden cases; no such device; a tolerance that is no number.
     """
-    import torch
-
     from aimnet2mult.models.compiled_file import read_compiled_file
     from aimnet2mult.models.golden import compare
     from aimnet2mult.models.jit_wrapper import load_jit_model
@@ -58,10 +57,7 @@ def verify(
     if content.golden is None:
         version = content.metadata.get("format_version", "unknown")
         raise ValueError(f"{path}: holds no golden cases (format version {version}); compile it anew to have them")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+    usable_device(device, f"--device {device}: not available here")
     model = load_jit_model(path, device)
     found = compare(content.golden, "float32", model, device, tolerance)
     if device.startswith("mps"):  # which has no double precision

@@ -65,6 +65,7 @@ from aimnet2mult.modules import MLP, Forces
 from aimnet2mult.neighborlist import neighbor_matrix
 from aimnet2mult.train.engine import BATCH_TYPES
 from aimnet2mult.train.schema import TrainConfig, TrainerConfig
+from aimnet2mult.utils.text import first_line
 
 Batch = dict[str, Tensor]
 
@@ -406,9 +407,8 @@ def _compiler() -> Iterator[None]:
         try:
             yield
         except TorchDynamoException as error:
-            reason = next(line for line in str(error).splitlines() if line.strip())
             raise ConfigError(
-                f"trainer.compile: this model cannot be compiled here ({type(error).__name__}: {reason.strip()}). "
+                f"trainer.compile: this model cannot be compiled here ({type(error).__name__}: {first_line(error)}). "
                 "Set trainer.compile=false"
             ) from error
 

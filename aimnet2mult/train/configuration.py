@@ -27,6 +27,7 @@ from aimnet2mult.config.builder import ConfigError, nearest, resolve
 from aimnet2mult.train.config_checks import check_config
 from aimnet2mult.train.schema import TrainConfig, yaml_key
 from aimnet2mult.train.utils import accepted_keywords
+from aimnet2mult.utils.text import first_line
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_train_mixed_fidelity.yaml"
 """The packaged settings."""
@@ -80,7 +81,7 @@ def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: S
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError("\n".join([*problems, f"{where}{_first_line(error)}"])) from error
+        raise ConfigError("\n".join([*problems, f"{where}{first_line(error)}"])) from error
     assert isinstance(resolved, TrainConfig)
     problems += _remove_null_entries(resolved, names)
     problems += _not_reported(check_config(resolved), problems)
@@ -156,7 +157,7 @@ def _parse_override(override: str, problems: list[str]) -> dict[Any, Any]:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        problems.append(f"{key}: {text!r} is not a YAML value: {_first_line(error)}")
+        problems.append(f"{key}: {text!r} is not a YAML value: {first_line(error)}")
         return {}
     assert isinstance(parsed, dict)
     value = parsed["value"]
@@ -336,10 +337,6 @@ def _without_none(hint: Any) -> Any:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         return kinds[0] if len(kinds) == 1 else hint
     return hint
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
 
 
 def _apply_class_changes(config: DictConfig, source: _Source, packaged: dict[str, set[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Text for people: tables, and lists of elements in short."""
+"""Text for people: tables, lists of elements and messages of errors in short."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,6 +18,11 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> li
         ).rstrip()
         for line in cells
     ]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message that says anything, or the name of an error that says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def element_ranges(numbers: Iterable[int]) -> str:

@@ -178,6 +178,12 @@ def test_a_device_that_is_not_there(compiled):
         load_jit_model(compiled, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["abacus", "xpu", "meta"])
+def test_a_device_of_another_kind_that_is_not_there(compiled, device):
+    with pytest.raises(ValueError, match=f"device {device}: .* finds no such device here; use cpu"):
+        load_jit_model(compiled, device=device)
+
+
 def test_files_that_are_not_models(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_jit_model(tmp_path / "absent.jpt")
