@@ -149,6 +149,8 @@ class AIMNet2Calculator(Calculator):
         if with_stress and "cell" not in data:
             raise PropertyNotImplementedError("a molecule without a cell has no stress")
         out = {key: value[0].cpu().numpy() for key, value in _results(self.model, data, with_stress).items()}
+        if with_stress and "stress" not in out:  # files of format 1 know no stress, whatever is asked of them
+            raise PropertyNotImplementedError("this file gives no stress: compile the model again")
         energy = float(out["energy"])
         self.results = {
             "energy": energy,
@@ -160,8 +162,6 @@ class AIMNet2Calculator(Calculator):
             positions = atoms.get_positions() - (atoms.get_center_of_mass() if len(atoms) else 0.0)
             self.results["dipole"] = self.results["charges"] @ positions
         if with_stress:
-            if "stress" not in out:
-                raise PropertyNotImplementedError("this file gives no stress: compile the model again")
             self.results["stress"] = full_3x3_to_voigt_6_stress(out["stress"].astype(np.float64))
         if "spin_charges" in out:
             self.results["magmoms"] = out["spin_charges"].astype(np.float64)

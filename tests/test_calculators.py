@@ -5,6 +5,7 @@ import torch
 pytest.importorskip("ase")
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.optimize import BFGS
 
 from aimnet2mult.calculators import AIMNet2Calculator, MultiFidelityCalculator, check_parity
@@ -241,8 +242,6 @@ def test_stress_of_a_crystal_is_that_of_ase(compiled):
 
 
 def test_molecules_have_no_stress(compiled):
-    from ase.calculators.calculator import PropertyNotImplementedError
-
     atoms = molecule("H2O")
     atoms.calc = AIMNet2Calculator(compiled, device="cpu")
     with pytest.raises(PropertyNotImplementedError, match="without a cell"):

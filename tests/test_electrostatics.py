@@ -337,11 +337,10 @@ def test_crystals_alone_together_and_with_given_neighbours(method, block_pairs):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", ["simple", "dsf", "ewald"])
-@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize(
+    ("method", "periodic"), [("simple", False), *itertools.product(PERIODIC, [False, True])]
+)  # the simple sum is not for crystals
 def test_first_and_second_derivatives(method, periodic):
-    if periodic and method == "simple":
-        pytest.skip("not for crystals")
     cell = SKEW * 0.7
     coord, q = random_system(3, cell if periodic else None, size=5.0)
     lr = module(method, dsf_rc=6.0, ewald_accuracy=1e-12)
