@@ -12,7 +12,6 @@ first call of a compiled step is measured by the clock on the wall.
     OMP_NUM_THREADS=1 python benchmarks/acceleration.py --output benchmarks/results/acceleration.json
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from energy_only import EXAMPLES, FILES, LOSS, SMALL_MODEL, load_batches, processor, seconds
+from energy_only import EXAMPLES, FILES, LOSS, SMALL_MODEL, device_name, load_batches, seconds
+from report import check_output, write_results
 from torch import Tensor, nn
 
 from aimnet2mult.data.collate import collate
@@ -36,7 +36,6 @@ from aimnet2mult.train.engine import Batch, make_step, predict
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.schema import EMAConfig, TrainerConfig
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import check_writable, write_text_atomic
 
 TEST_FILES = {f: EXAMPLES / "data" / path.name.replace("_train", "_test") for f, path in FILES.items()}
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
@@ -258,9 +257,7 @@ def main(
     device: str,
 ) -> None:
     """Measure accuracy and time of bf16 and torch.compile."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: there is no GPU for {device}. Use cpu.")
@@ -270,18 +267,13 @@ def main(
     for name, config in {} if only == "accuracy" else sizes.items():
         tables[f"step of the {name} model"] = step_times(config, list(kinds), atoms, repeats, where)
     result = {
-        "device": processor(where),
+        "device": device_name(where),
         "device_type": where.type,
         "versions": versions(),
         "arguments": {"steps": steps, "atoms": atoms, "repeats": repeats},
         "tables": tables,
     }
-    page = markdown(result)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    click.echo(output)
-    click.echo(output.with_suffix(".md"))
+    write_results(output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from dispersion import MOLECULE_SPACING, WATER, processor, water_cluster
+from dispersion import MOLECULE_SPACING, WATER, water_cluster
+from report import check_output, processor, write_results
 from torch import Tensor
 
 from aimnet2mult.models.base import build_model, load_model_config, versions
@@ -45,7 +46,7 @@ from aimnet2mult.models.compiled_file import save_jit_model
 from aimnet2mult.models.jit_wrapper import DENSE_LIMIT, DeployableModel, load_jit_model
 from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import atomic_path, check_writable, write_text_atomic
+from aimnet2mult.utils.files import atomic_path
 
 SPECIES = [1, 8]
 SELF_ENERGY = -100.0
@@ -514,9 +515,7 @@ def measure(parts: list[str], sizes: list[int], small: bool, repeats: int, seed:
 @user_errors
 def main(output: Path, parts: tuple[str, ...], sizes: tuple[int, ...], repeats: int, small: bool, seed: int) -> None:
     """Time compiled models by size, by layout, and against the aimnet package."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     chosen = list(parts) or list(PARTS)
     if small:
         sizes, repeats = (100, 300), 1
@@ -531,13 +530,7 @@ def main(output: Path, parts: tuple[str, ...], sizes: tuple[int, ...], repeats: 
     picture = output.with_suffix(".png") if drawn else None
     if picture is not None:
         draw(result["size"]["rows"], picture)
-    page = markdown(result, picture and picture.name)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    for path in (output, output.with_suffix(".md"), picture):
-        if path is not None:
-            click.echo(path)
+    write_results(output, result, markdown(result, picture and picture.name), *([picture] if picture else []))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ largest of them in two files, 2 to 40 atoms of organic elements. Then, each in a
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -32,6 +30,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import torch
+from report import check_output, processor, write_results
 from tqdm import tqdm
 
 from aimnet2mult.data.loaders import MoleculeLoader, make_loader
@@ -43,7 +42,6 @@ from aimnet2mult.modules import Forces
 from aimnet2mult.train.engine import make_step
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import check_writable, write_text_atomic
 
 REFERENCE = 10_000
 """Molecules of the small dataset."""
@@ -404,10 +402,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "device": names[0] if names else platform.machine(),
+        "device": processor(),
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
     }
@@ -434,9 +430,7 @@ def machine() -> dict[str, Any]:
 @user_errors
 def main(output: Path, folder: Path | None, keep: bool, **options: Any) -> None:
     """Measure time, memory and throughput of the data pipeline with few and with many molecules. Linux only."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     if options["small"]:
         options |= {"molecules": 50_000, "steps": 5, "seconds": 1.0}
     # As the command line of the training does; OpenMP reads it in the processes that measure.
@@ -456,14 +450,7 @@ def main(output: Path, folder: Path | None, keep: bool, **options: Any) -> None:
     }
     if not options["opening_only"]:
         result["summary"] = summary(*datasets)
-    page = markdown(result)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    if keep:
-        click.echo(data)
-    click.echo(output)
-    click.echo(output.with_suffix(".md"))
+    write_results(output, result, markdown(result), *([data] if keep else []))
 
 
 if __name__ == "__main__":

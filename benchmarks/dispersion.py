@@ -9,10 +9,8 @@ least time of several is reported. Peak memory is that of a process of its own, 
 """
 
 import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from report import check_output, processor, write_results
 from torch import Tensor
 
 from aimnet2mult import nbops
@@ -27,7 +26,6 @@ from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.models.base import versions
 from aimnet2mult.models.jit_wrapper import DENSE_LIMIT
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import check_writable, write_text_atomic
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
 
 PARAMETERS = {"s6": 1.0, "s8": 0.7875, "a1": 0.4289, "a2": 4.4407}
@@ -229,13 +227,6 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """Name of what computes."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON file; a .md is written beside it.")
 @click.option(
@@ -251,9 +242,7 @@ def processor() -> str:
 @user_errors
 def main(output: Path, atoms: tuple[int, ...], batch: int, repeats: int, seed: int) -> None:
     """Time the D3(BJ) energy and gradient of water clusters, here and in other packages."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     torch.set_num_threads(1)
     peers = [name for name in PEERS if installed(name)]
     rows = [measure(1, n, repeats, peers, seed) for n in atoms]
@@ -265,12 +254,7 @@ def main(output: Path, atoms: tuple[int, ...], batch: int, repeats: int, seed: i
         "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
         "arguments": {"atoms": list(atoms), "batch": batch, "repeats": repeats, "seed": seed},
     }
-    page = markdown(result)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    click.echo(output)
-    click.echo(output.with_suffix(".md"))
+    write_results(output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ and medians are reported: CPU time of this process (one thread), or on a GPU the
     OMP_NUM_THREADS=1 python benchmarks/energy_only.py --output benchmarks/results/energy_only.json
 """
 
-import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from report import check_output, processor, write_results
 
 from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
@@ -28,7 +27,6 @@ from aimnet2mult.train import engine
 from aimnet2mult.train.engine import Batch, Step
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import check_writable, write_text_atomic
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = {f: EXAMPLES / "data" / f"fid{f}_{level}_train.h5" for f, level in enumerate(("dft", "gfn2", "gfn1"))}
@@ -176,17 +174,9 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Name of what computes."""
-    if device.type != "cpu":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 @click.command(context_settings={"show_default": True})
@@ -217,9 +207,7 @@ def main(
     seed: int,
 ) -> None:
     """Time training steps by the share of molecules that have force labels."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: there is no GPU for {device}. Use cpu.")
     where = torch.device(device)
@@ -228,7 +216,7 @@ def main(
     result = measure(sorted(set(shares)), n_batches, atoms, repeats, small, where, seed)
     result |= {
         "clock": "CPU time of the process" if where.type == "cpu" else "time until the device is done",
-        "machine": {"device": processor(where), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"device": device_name(where), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": versions(),
         "arguments": {
             "shares": sorted(set(shares)),
@@ -240,12 +228,7 @@ def main(
             "seed": seed,
         },
     }
-    page = markdown(result)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    click.echo(output)
-    click.echo(output.with_suffix(".md"))
+    write_results(output, result, markdown(result))
 
 
 if __name__ == "__main__":

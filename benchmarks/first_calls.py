@@ -9,16 +9,15 @@ fastest process counts, since others only make it slower.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import click
+from report import check_output, processor, write_results
 
 from aimnet2mult.utils.cli import user_errors
-from aimnet2mult.utils.files import check_writable, write_text_atomic
 
 SPECIES = [1, 6, 7, 8]
 
@@ -112,14 +111,6 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """Name of what computes."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON file; a .md is written beside it.")
 @click.option("--model", type=click.Path(path_type=Path), help="A .jpt of H, C, N, O; default: an untrained one.")
@@ -129,9 +120,7 @@ def processor() -> str:
 @user_errors
 def main(output: Path, model: Path | None, small: bool, calls: int, repeats: int) -> None:
     """Time the first calls of a compiled model in fresh processes."""
-    check_writable(output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output: {output} must end in .json")
+    check_output(output)
     if model is not None and not model.is_file():
         raise FileNotFoundError(f"{model}: no such file")
     from aimnet2mult.models.base import versions
@@ -147,12 +136,7 @@ def main(output: Path, model: Path | None, small: bool, calls: int, repeats: int
         "versions": versions(),
         "arguments": {"model": model and model.name, "small": small, "calls": calls, "repeats": repeats},
     }
-    page = markdown(result)
-    write_text_atomic(output, json.dumps(result, indent=1) + "\n")
-    write_text_atomic(output.with_suffix(".md"), page)
-    click.echo(page)
-    click.echo(output)
-    click.echo(output.with_suffix(".md"))
+    write_results(output, result, markdown(result))
 
 
 if __name__ == "__main__":
