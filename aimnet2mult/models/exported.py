@@ -27,6 +27,7 @@ from aimnet2mult.dftd4 import DFTD4
 from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.compiled_file import METADATA_FILE, metadata_text, parse_metadata
+from aimnet2mult.models.golden import PRECISIONS
 from aimnet2mult.models.jit_wrapper import DeployableModel
 from aimnet2mult.utils.text import first_line
 
@@ -38,8 +39,6 @@ MAX_PLACES = 512
 
 METADATA_KEY = "aimnet2mult"
 """Name of the metadata in an AOTInductor package."""
-
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 _ELSEWHERE = "a .pt2 evaluates molecules in dense or flat layout only; use the .jpt"
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.utils.text import text_table
 
 GOLDEN_VERSION = 1
@@ -27,14 +28,7 @@ GOLDEN_VERSION = 1
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
-QUANTITIES = {
-    "energy": "eV",
-    "forces": "eV/Å",
-    "charges": "e",
-    "spin_charges": "e",
-    "stress": "eV/Å³",
-    "hessian": "eV/Å²",
-}
+QUANTITIES = {key: BATCH_KEYS[key].unit for key in ("energy", "forces", "charges", "spin_charges", "stress", "hessian")}
 """Outputs that are kept and compared, with their units."""
 
 ROUND_OFF_FACTOR = 10.0

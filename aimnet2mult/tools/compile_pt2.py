@@ -112,7 +112,8 @@ def _verify(path: Path, model: Any, precision: str) -> None:
     """Compare a file with the model that it was made of, for batches unlike the one that was traced."""
     import torch
 
-    from aimnet2mult.models.exported import PRECISIONS, load_pt2
+    from aimnet2mult.models.exported import load_pt2
+    from aimnet2mult.models.golden import PRECISIONS
 
     exported = load_pt2(path)
     generator = torch.Generator().manual_seed(1)

@@ -32,9 +32,11 @@ from aimnet2mult.models.base import (
     versions,
 )
 from aimnet2mult.models.compiled_file import FORMAT_VERSION, LICENCE_NOT_STATED
+from aimnet2mult.models.golden import QUANTITIES
 from aimnet2mult.models.jit_wrapper import DeployableModel
 from aimnet2mult.models.mixed_fidelity_aimnet2 import fidelity_slice, is_type_table
 from aimnet2mult.modules import SelfAtomicEnergies
+from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.tools.compile_options import ALL, Coulomb, Dispersion, ModelOptions, dispersion_to_embed
 
 logger = logging.getLogger(__name__)
@@ -42,17 +44,7 @@ logger = logging.getLogger(__name__)
 SAE_TOLERANCE = 1e-6
 """eV; self-atomic energies on the command line and in the checkpoint may differ by so much."""
 
-UNITS = {
-    "coord": "Å",
-    "cell": "Å",
-    "charge": "e",
-    "energy": "eV",
-    "forces": "eV/Å",
-    "charges": "e",
-    "spin_charges": "e",
-    "stress": "eV/Å³",
-    "hessian": "eV/Å²",
-}
+UNITS = {key: BATCH_KEYS[key].unit for key in ("coord", "cell", "charge", *QUANTITIES)}
 """Units of inputs and outputs of a compiled model."""
 
 
