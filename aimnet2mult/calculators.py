@@ -1,7 +1,8 @@
-"""ASE calculators for compiled models. Only this module and `tools.convert_data` know ASE.
+"""ASE calculators for models of any format. Only this module and `tools.convert_data` know ASE.
 
 ``atoms.calc = AIMNet2Calculator("model_fid0.jpt")``, then optimise, run MD, compute vibrations. Total charge and
-spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` and ``atoms.info["spin"]``.
+spin multiplicity come from the arguments, else from ``atoms.info["charge"]`` and ``atoms.info["spin"]``. Without ASE,
+`aimnet2mult.models.loading.load_potential` gives the same results for batches.
 """
 
 import math
@@ -17,7 +18,9 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from aimnet2mult.config.builder import nearest
-from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
+from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.loading import load_potential
+from aimnet2mult.models.potential import D3_CUTOFF, D3_SMOOTHING, Potential
 
 FIDELITY_FILE = re.compile(r"_fid(\d+)\.jpt$")
 
@@ -50,7 +53,7 @@ def check_parity(numbers: np.ndarray, charge: int, mult: int) -> None:
 
 
 class AIMNet2Calculator(Calculator):
-    """Energy, forces, stress and charges of a compiled model.
+    """Energy, forces, stress and charges of a model.
 
     Properties: ``energy`` and ``free_energy`` (eV, the same number), ``forces`` (eV/Å), ``charges`` (e), for
     molecules ``dipole`` of the charges about the centre of mass (e·Å), for crystals ``stress`` (eV/Å³, Voigt order),
@@ -58,14 +61,18 @@ class AIMNet2Calculator(Calculator):
 
     Parameters
     ----------
-    model : str, Path or JitModel
-        A ``.jpt`` file, or a loaded one.
+    model : str, Path or Potential
+        A model file of any format (`aimnet2mult.models.loading.load_potential`): compiled or legacy ``.jpt``, format-2
+        ``.pt``, checkpoint of one fidelity. Or a loaded one.
     charge : int, optional
         Total charge, e; default ``atoms.info["charge"]``, else 0.
     mult : int, optional
         Spin multiplicity 2S+1; default ``atoms.info["spin"]`` or ``["mult"]``, else 1.
     device : str, optional
         Default: a GPU if there is one.
+    nb_threshold : int, optional
+        Molecules of up to so many atoms are evaluated in dense layout, larger ones with lists of neighbours; default as
+        in the file, 120.
 
     Raises
     ------
@@ -79,25 +86,24 @@ class AIMNet2Calculator(Calculator):
 
     def __init__(
         self,
-        model: str | Path | JitModel,
+        model: str | Path | Potential,
         charge: int | None = None,
         mult: int | None = None,
         device: str | None = None,
+        nb_threshold: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.device = device or _default_device()
-        self.model = model if isinstance(model, JitModel) else load_jit_model(model, self.device)
+        self.model = model if isinstance(model, Potential) else load_potential(model, self.device)
+        if nb_threshold is not None:
+            self.model.nb_threshold = nb_threshold
         self.charge = None if charge is None else _integer(charge, "charge")
         self.mult = None if mult is None else _integer(mult, "mult")
         self._state: tuple[int, int] | None = None
         self.implemented_properties = ["energy", "free_energy", "forces", "stress", "charges", "dipole"]
-        if self._spin_resolved():
+        if self.model.spin_resolved:
             self.implemented_properties.append("magmoms")
-
-    def _spin_resolved(self) -> bool:
-        kwargs = self.model.metadata.get("model_config", {}).get("kwargs", {})
-        return kwargs.get("num_charge_channels") == 2
 
     def charge_and_mult(self, atoms: Atoms) -> tuple[int, int]:
         """Total charge and multiplicity that a calculation of ``atoms`` uses."""
@@ -166,6 +172,51 @@ class AIMNet2Calculator(Calculator):
         if "spin_charges" in out:
             self.results["magmoms"] = out["spin_charges"].astype(np.float64)
 
+    def set_lrcoulomb_method(
+        self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
+    ) -> None:
+        """Choose how Coulomb energies are summed (`aimnet2mult.models.potential.Potential.set_lrcoulomb_method`).
+
+        Parameters
+        ----------
+        method : str
+            ``simple`` (all pairs; molecules only), ``dsf`` or ``ewald``.
+        cutoff : float
+            Of ``dsf``, or of the real-space sum of ``ewald``, Å; 0 for 15 Å, or for the cheapest one.
+        dsf_alpha : float
+            Damping of ``dsf``, 1/Å.
+        ewald_accuracy : float
+            Relative size of the terms that ``ewald`` leaves out.
+
+        Raises
+        ------
+        ValueError
+            A model without Coulomb energy, an unknown method, values that make no sense.
+
+        Warns
+        -----
+        UserWarning
+            The energy is inside a TorchScript file; nothing is changed.
+        """
+        self.model.set_lrcoulomb_method(method, cutoff, dsf_alpha, ewald_accuracy)
+        self.reset()
+
+    def set_dftd3_cutoff(self, cutoff: float = D3_CUTOFF, smoothing_fraction: float = D3_SMOOTHING) -> None:
+        """Set the range of D3 pairs, Å, and the fraction of it over which they are switched off.
+
+        Raises
+        ------
+        ValueError
+            A model without D3, values that make no sense.
+
+        Warns
+        -----
+        UserWarning
+            The energy is inside a TorchScript file; nothing is changed.
+        """
+        self.model.set_dftd3_cutoff(cutoff, smoothing_fraction)
+        self.reset()
+
     def get_spin_charges(self, atoms: Atoms | None = None) -> np.ndarray:
         """Spin charges (N,), e, of a model that resolves spin.
 
@@ -174,12 +225,12 @@ class AIMNet2Calculator(Calculator):
         PropertyNotImplementedError
             Of one that does not; what ASE expects of a calculator that lacks a property.
         """
-        if not self._spin_resolved():
+        if not self.model.spin_resolved:
             raise PropertyNotImplementedError("this model has one charge channel and no spin charges")
         return self.get_property("magmoms", atoms)
 
     def get_hessian(self, atoms: Atoms | None = None, method: str = "autograd") -> np.ndarray:
-        """Second derivatives of the energy, (3N, 3N), eV/Å² (`JitModel.hessian`)."""
+        """Second derivatives of the energy, (3N, 3N), eV/Å² (`Potential.hessian`)."""
         atoms = atoms if atoms is not None else self.atoms
         if atoms is None:
             raise ValueError("get_hessian needs atoms: none were given and none were calculated before")
@@ -196,7 +247,7 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         Folder with one ``<prefix>_fid<N>.jpt`` per fidelity, or one file of all (``compile_jit --combined``).
     fidelity : int or str, optional
         Active fidelity, by number or by name; default that of the file, or the lowest number.
-    charge, mult, device
+    charge, mult, device, nb_threshold
         As in `AIMNet2Calculator`.
 
     Raises
@@ -212,6 +263,7 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         charge: int | None = None,
         mult: int | None = None,
         device: str | None = None,
+        nb_threshold: int | None = None,
         **kwargs: Any,
     ) -> None:
         path = Path(models)
@@ -223,6 +275,9 @@ class MultiFidelityCalculator(AIMNet2Calculator):
             self.models, self.names = _models_of_folder(path, device)
             first = min(self.models)
         self.fidelity = self._level(first if fidelity is None else fidelity)
+        if nb_threshold is not None:
+            for model in self.models.values():
+                model.nb_threshold = nb_threshold
         super().__init__(self.models[self.fidelity], charge, mult, device, **kwargs)
 
     def _level(self, fidelity: int | str) -> int:
@@ -254,13 +309,13 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         return {level: float(_results(model, self._at(data, level))["energy"]) for level, model in self.models.items()}
 
 
-def _results(model: JitModel, data: dict[str, torch.Tensor], with_stress: bool = False) -> dict[str, torch.Tensor]:
+def _results(model: Potential, data: dict[str, torch.Tensor], with_stress: bool = False) -> dict[str, torch.Tensor]:
     """Results of a batch, without what the file would compute in every call and nobody asks for here."""
     model.module.compute_stress, model.module.compute_hessian = with_stress, False
     return model(data)
 
 
-def _models_of_file(path: Path, device: str) -> tuple[dict[int, JitModel], dict[int, str], int]:
+def _models_of_file(path: Path, device: str) -> tuple[dict[int, Potential], dict[int, str], int]:
     """The one model of a file under the number of each of its fidelities, their names, and the file's default."""
     model = load_jit_model(path, device)
     names = getattr(model.module, "fidelity_names", None)
@@ -269,7 +324,7 @@ def _models_of_file(path: Path, device: str) -> tuple[dict[int, JitModel], dict[
     return dict.fromkeys(range(len(names)), model), dict(enumerate(names)), int(model.module.default_fidelity)
 
 
-def _models_of_folder(folder: Path, device: str) -> tuple[dict[int, JitModel], dict[int, str]]:
+def _models_of_folder(folder: Path, device: str) -> tuple[dict[int, Potential], dict[int, str]]:
     """Models of one fidelity by number, and their names."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")

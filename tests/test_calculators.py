@@ -9,7 +9,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.optimize import BFGS
 
 from aimnet2mult.calculators import AIMNet2Calculator, MultiFidelityCalculator, check_parity
-from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
+from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.potential import Potential
 from aimnet2mult.tools.compile_jit import compile_model
 
 
@@ -147,14 +148,14 @@ def test_hessian(compiled):
 
 def test_file_that_computes_hessians_does_not_so_in_every_step(compiled, combined, monkeypatch):
     keys = []
-    run = JitModel._run
+    run = Potential._run
 
     def spy(model, data):
         out = run(model, data)
         keys.append(set(out))
         return out
 
-    monkeypatch.setattr(JitModel, "_run", spy)
+    monkeypatch.setattr(Potential, "_run", spy)
     atoms = molecule("H2O")
     calc = AIMNet2Calculator(compiled, device="cpu")
     calc.model.module.compute_hessian = True

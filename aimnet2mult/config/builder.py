@@ -91,6 +91,12 @@ def _is_own(value: Any, module: ModuleType) -> bool:
     return str(home or module.__name__).partition(".")[0] == module.__name__.partition(".")[0]
 
 
+def _is_module_class(target: Any) -> bool:
+    from torch import nn
+
+    return isinstance(target, type) and issubclass(target, nn.Module)
+
+
 def check_kwargs(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:
     """Refuse keywords that ``target`` does not take.
 
@@ -145,6 +151,9 @@ def build_module(
         raise ConfigError(f"{where}.class: {error}") from error
     if not callable(target):
         raise ConfigError(f"{where}.class: {node['class']} is not a class or function")
+    if namespaces is not None and not _is_module_class(target):
+        # Functions may read and write files, which what a model file names must not.
+        raise ConfigError(f"{where}.class: {node['class']} is not a module of a network (torch.nn.Module)")
     args, kwargs = node.get("args") or [], node.get("kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise ConfigError(f"{where}.kwargs: expected a mapping, found {type(kwargs).__name__}")

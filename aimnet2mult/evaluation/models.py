@@ -21,11 +21,12 @@ from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.data.ledger import DispersionLabel
 from aimnet2mult.data.sae import sae_energy
 from aimnet2mult.models.base import layout_of_weights, load_checkpoint
-from aimnet2mult.models.jit_wrapper import DeployableModel, JitModel, load_jit_model
-from aimnet2mult.modules import DFTD3, Forces, SelfAtomicEnergies
+from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.loading import deployable_model
+from aimnet2mult.models.potential import Potential
+from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import encode_fidelity
 from aimnet2mult.tools.compile_options import COMMAND_LINE, SUBTRACTED
-from aimnet2mult.tools.compile_source import load_single_fidelity
 
 COMPILED_SUFFIX = ".jpt"
 """How names of compiled models end; everything else is a checkpoint."""
@@ -99,7 +100,7 @@ def predict_totals(
     Parameters
     ----------
     function : callable
-        `DeployableModel` or `aimnet2mult.models.jit_wrapper.JitModel`.
+        `DeployableModel` or `aimnet2mult.models.jit_wrapper.Potential`.
     dtype, device
         Of its weights.
     sae : mapping
@@ -242,7 +243,7 @@ def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
     return ModelFile(path, {f: predictor.name for f, predictor in predictors.items()}, predictors.__getitem__)
 
 
-def _in_fidelity(model: JitModel, fidelity: int, data: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_fidelity(model: Potential, fidelity: int, data: dict[str, Tensor]) -> dict[str, Tensor]:
     return model({**data, "fidelity": torch.tensor(fidelity)})
 
 
@@ -288,25 +289,13 @@ def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:
         sae = checkpoint["sae"].get(fidelity)
         if not sae:
             raise ValueError(f"{path}: holds no self-atomic energies of fidelity {fidelity}")
-        species = sorted(checkpoint.get("species", {}).get(fidelity) or sae)
-        network = load_single_fidelity(
-            checkpoint, checkpoint["model_config"], fidelity, layout.num_fidelities, layout.offset
-        )
-        network.add_output("self_atomic_energies", SelfAtomicEnergies({z: sae[z] for z in species}))
-        ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
-        subtracted = None
-        if ledger is not None and ledger["subtracted"]:
-            subtracted = DispersionLabel.from_dict(ledger["labels"])
-            assert subtracted.parameters is not None
-            network.add_output("dftd3", DFTD3(**{key: subtracted.parameters[key] for key in ("s6", "s8", "a1", "a2")}))
-        name = names[fidelity]
-        label = f"fidelity {fidelity}" + (f" ({name})" if name else "")
-        model = DeployableModel(network, species, label).to(device).eval()
+        model = deployable_model(checkpoint, fidelity, path).to(device).eval()
         model.check_spin = False  # labels without a multiplicity were trained on as they are
-        predict = predict_totals(model, network.afv.weight.dtype, device, sae)
-        made = Predictor(title, fidelity, name, species, sae, predict)
-        if subtracted is not None:
-            made.notes.append(_note_on_dispersion(subtracted, made))
+        predict = predict_totals(model, model.model.afv.weight.dtype, device, sae)
+        made = Predictor(title, fidelity, names[fidelity], model.species, sae, predict)
+        ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
+        if ledger is not None and ledger["subtracted"]:
+            made.notes.append(_note_on_dispersion(DispersionLabel.from_dict(ledger["labels"]), made))
         return made
 
     return ModelFile(path, names, predictor)

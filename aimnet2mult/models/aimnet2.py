@@ -165,6 +165,8 @@ class AIMNet2(nn.Module):
     @torch.jit.unused
     def add_output(self, name: str, module: nn.Module) -> None:
         """Append a readout, for instance self-atomic energies or dispersion."""
+        if name in self.outputs:
+            raise ValueError(f"there is a readout with the name {name} already")
         self.outputs[name] = module
         self.update_keys_and_cutoffs()
 

@@ -1,10 +1,9 @@
 """Model files: configurations, weights, checkpoints. The one place that knows how a model is written and read."""
 
-import pickle
+import copy
 import platform
 import re
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,22 @@ import aimnet2mult
 from aimnet2mult.config.builder import MODEL_NAMESPACES, ConfigError, build_module, load_yaml, resolve
 from aimnet2mult.constants import FIDELITY_OFFSET, TYPES_PER_FIDELITY
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, num_types
+from aimnet2mult.models.artifact import (
+    ARTIFACT_VERSION,
+    Artifact,
+    D3Parameters,
+    ModelMetadata,
+    find_outputs,
+    is_artifact,
+    own_names,
+    parse_artifact,
+)
+from aimnet2mult.models.interchange import checkpoint_of_artifact
+from aimnet2mult.models.legacy import checkpoint_of_legacy, compiled_metadata, legacy_metadata, open_torchscript
+from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, is_type_table, num_types
+from aimnet2mult.models.safe_file import CheckpointError, is_torchscript, load_tensors
+from aimnet2mult.utils.devices import chosen_device
 from aimnet2mult.utils.files import atomic_path
-from aimnet2mult.utils.text import first_line
 
 DEFAULT_MODEL = Path(aimnet2mult.__file__).parent / "config" / "default_model.yaml"
 """The full-size model."""
@@ -27,12 +39,8 @@ CHECKPOINT_VERSION = 1
 """Version of the checkpoint format."""
 
 
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint, or one that does not fit the model."""
-
-
 def load_model_config(path: str | Path | None = None) -> dict[str, Any]:
-    """Read a model YAML file.
+    """Read a model YAML file; classes of the published package (``aimnet.*``) stand for ours.
 
     Parameters
     ----------
@@ -50,7 +58,7 @@ def load_model_config(path: str | Path | None = None) -> dict[str, Any]:
         No such file; not a model file (the message names it).
     """
     path = DEFAULT_MODEL if path is None else Path(path)
-    config = load_yaml(path)
+    config = own_names(load_yaml(path))
     if not isinstance(config, dict) or "class" not in config:
         raise ConfigError(f"{path}: not a model file: it needs the keys class and kwargs")
     try:
@@ -70,6 +78,7 @@ def build_model(
     num_fidelities: int = 1,
     fidelity_offset: int = FIDELITY_OFFSET,
     use_fidelity_readouts: bool = True,
+    trusted: Collection[str] = (),
 ) -> AIMNet2:
     """Build an untrained model.
 
@@ -81,18 +90,31 @@ def build_model(
         1 gives a plain `AIMNet2`, more a `MixedFidelityAIMNet2`.
     fidelity_offset, use_fidelity_readouts
         As in `MixedFidelityAIMNet2`.
+    trusted : collection of str
+        Dotted names of further classes that ``config`` may name.
 
     Raises
     ------
     ConfigError
         Names the part of the configuration that does not fit.
     """
+    if trusted:
+        config = _with_trusted(config, trusted)
     if num_fidelities == 1:
-        model = build_module(config, MODEL_NAMESPACES, "model")
+        model = build_module(config, (*MODEL_NAMESPACES, *trusted), "model")
     else:
         model = _build_mixed(config, num_fidelities, fidelity_offset, use_fidelity_readouts)
     assert isinstance(model, AIMNet2)
     return model
+
+
+def _with_trusted(config: Mapping[str, Any], trusted: Collection[str]) -> dict[str, Any]:
+    """Build readouts of trusted classes; all others stay nodes."""
+    outputs = {
+        name: build_module(node, tuple(trusted), f"outputs.{name}") if node["class"] in trusted else node
+        for name, node in config["kwargs"]["outputs"].items()
+    }
+    return {**config, "kwargs": {**config["kwargs"], "outputs": outputs}}
 
 
 def _build_mixed(
@@ -263,15 +285,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint: ours, ``{"model": state_dict}`` of earlier work, or a bare state dict.
+    """Read a checkpoint: ours, ``{"model": state_dict}`` or a bare state dict of earlier work, or a published model.
+
+    Format-2 artifacts and legacy TorchScript models are returned as checkpoints of one fidelity, with their
+    self-atomic energies taken out (`aimnet2mult.models.interchange`).
 
     Returns
     -------
@@ -284,16 +302,21 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         No such file; not a file of weights (the message names it).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if _is_torchscript(path):
-        raise CheckpointError(f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt of the training")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        # Of files that are no pickles at all, the unpickler says things like KeyError(105).
-        reason = f" ({first_line(error)})" if isinstance(error, pickle.UnpicklingError) and str(error) else ""
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely{reason}") from error
+    if path.is_file() and is_torchscript(path):
+        module, metadata = open_torchscript(path, device)
+        if metadata:
+            raise CheckpointError(
+                f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt of the training"
+            )
+        return checkpoint_of_legacy(module, path)
+    content = load_tensors(path, device)
+    if is_artifact(content):
+        return checkpoint_of_artifact(parse_artifact(content, path))
+    return checkpoint_content(content, path)
+
+
+def checkpoint_content(content: Any, path: Path) -> dict[str, Any]:
+    """Check the content of a checkpoint that this package, or earlier work, wrote."""
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         checkpoint = dict(content)
     elif isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
@@ -307,6 +330,184 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if version > CHECKPOINT_VERSION:
         raise CheckpointError(f"{path}: checkpoint format {version} is newer than this package; update aimnet2mult")
     return checkpoint
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    fidelity: int | None = None,
+    trusted: Collection[str] = (),
+) -> tuple[nn.Module, ModelMetadata]:
+    """Load a model in whatever format it is: format-2 artifact, TorchScript, or checkpoint of a training.
+
+    The model computes what the file holds; what has to be added for total energies the metadata say
+    (``needs_coulomb``, ``needs_dispersion``, ``sae``). `aimnet2mult.models.potential.load_potential` adds it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; its content decides, not its name. TorchScript files are programs: load only what you trust.
+    device : str or torch.device
+        Where the model goes.
+    fidelity : int, optional
+        Of a checkpoint, take this fidelity alone, as a plain `AIMNet2`.
+    trusted : collection of str
+        Dotted names of classes of your own that an artifact may name, beside those of `aimnet2mult.models.artifact`.
+
+    Returns
+    -------
+    model : nn.Module
+        In evaluation mode, its parameters without gradients: `AIMNet2`, for a checkpoint of several fidelities
+        `MixedFidelityAIMNet2`, or the TorchScript program.
+    metadata : ModelMetadata
+        What the file says about itself.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError, ValueError
+        No such file; not a model, or not one that can be loaded safely (the message says what is wrong); a device that
+        cannot be used; a fidelity that there is not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    place = chosen_device(device)
+    metadata: ModelMetadata
+    if is_torchscript(path):
+        _only_of_checkpoints(fidelity, path)
+        module, about = open_torchscript(path, place)
+        return module, compiled_metadata(module, about) if about else legacy_metadata(module, path)
+    content = load_tensors(path)
+    if is_artifact(content):
+        _only_of_checkpoints(fidelity, path)
+        artifact = parse_artifact(content, path, trusted)
+        model: nn.Module = model_of_artifact(artifact, path, trusted)
+        metadata = artifact.metadata
+    else:
+        model, metadata = _model_of_checkpoint(checkpoint_content(content, path), path, fidelity)
+    return model.to(place).eval().requires_grad_(False), metadata
+
+
+def _only_of_checkpoints(fidelity: int | None, path: Path) -> None:
+    if fidelity is not None:
+        raise ValueError(f"fidelity {fidelity}: {path} has no fidelities to choose from; leave it out")
+
+
+def model_of_artifact(artifact: Artifact, path: str | Path = "the file", trusted: Collection[str] = ()) -> AIMNet2:
+    """Build the network of an artifact, E(network) - E(short range) + self-atomic energies; its shifts are float64.
+
+    Raises
+    ------
+    CheckpointError
+        Configuration and weights do not belong together.
+    """
+    config = copy.deepcopy(artifact.config)
+    config["kwargs"]["num_types"] = artifact.weights["afv.weight"].shape[0]
+    try:
+        model = build_model(config, trusted=trusted)
+    # Arguments that are of the wrong type, or out of range, come to light in the constructors.
+    except (ConfigError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: the model cannot be built: {error}") from error
+    for key in artifact.weights:
+        if key.endswith(".shifts.weight"):
+            model.get_submodule(key.rpartition(".")[0]).double()
+    try:
+        load_weights(model, artifact.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return model
+
+
+def _model_of_checkpoint(
+    checkpoint: Mapping[str, Any], path: Path, fidelity: int | None
+) -> tuple[AIMNet2, ModelMetadata]:
+    config = checkpoint.get("model_config")
+    if config is None:
+        raise CheckpointError(
+            f"{path}: the checkpoint does not hold its model configuration; build it (load_model_config, build_model) "
+            "and give it the weights (load_weights)"
+        )
+    layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
+    if fidelity is None and layout.num_fidelities > 1:
+        model = build_model(config, layout.num_fidelities, layout.offset, layout.heads)
+        load_weights(model, checkpoint["model"])
+        chosen = list(range(layout.num_fidelities))
+    else:
+        chosen = [fidelity or 0]
+        if chosen[0] not in range(layout.num_fidelities):
+            raise ValueError(f"fidelity {fidelity}: {path} has the fidelities 0 to {layout.num_fidelities - 1}")
+        model = single_fidelity_model(checkpoint, config, chosen[0], layout.num_fidelities, layout.offset)
+    return model, describe_checkpoint(checkpoint, model, chosen)
+
+
+def describe_checkpoint(checkpoint: Mapping[str, Any], model: AIMNet2, chosen: Sequence[int]) -> ModelMetadata:
+    """Describe a model of some fidelities of a checkpoint that holds its configuration."""
+    layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
+    names = names_in_checkpoint(checkpoint, layout.num_fidelities)
+    sae = checkpoint.get("sae") or {}
+    species = checkpoint.get("species") or {f: list(table) for f, table in sae.items()}
+    ledger = checkpoint.get("dispersion") or {}
+    dispersion = {
+        f: D3Parameters(**{key: float(ledger[f]["labels"]["parameters"][key]) for key in D3Parameters.__annotations__})  # type: ignore[typeddict-item]
+        for f in chosen
+        if f in ledger and ledger[f]["subtracted"]
+    }
+    same = len(dispersion) == len(chosen) and all(d3 == dispersion[chosen[0]] for d3 in dispersion.values())
+    levels = checkpoint.get("fidelity_levels") or {}
+    outputs = checkpoint["model_config"]["kwargs"]["outputs"]
+    return ModelMetadata(
+        format_version=ARTIFACT_VERSION,
+        cutoff=model.cutoff,
+        needs_coulomb=False,
+        needs_dispersion=bool(dispersion),
+        coulomb_mode="full_embedded" if find_outputs(outputs, "LRCoulomb") else "none",
+        coulomb_sr_rc=None,
+        coulomb_sr_envelope=None,
+        d3_params=dispersion[chosen[0]] if same else None,
+        implemented_species=sorted(set().union(*(species.get(f, []) for f in chosen))),
+        has_embedded_lr=model.cutoff_lr > 0.0,
+        has_embedded_d3ts=bool(find_outputs(outputs, "D3TS")),
+        model_file="checkpoint",
+        num_charge_channels=model.num_charge_channels,
+        num_fidelities=len(chosen),
+        fidelity_offset=layout.offset,
+        fidelity_names={f: names[f] for f in chosen},
+        species={f: sorted(species[f]) for f in chosen if f in species},
+        sae={f: dict(sae[f]) for f in chosen if f in sae},
+        dispersion=dispersion,
+        baked_sae=None,
+        level_of_theory=levels.get(chosen[0]) if len(chosen) == 1 else None,
+    )
+
+
+def single_fidelity_model(
+    checkpoint: Mapping[str, Any],
+    config: Mapping[str, Any],
+    fidelity: int,
+    num_fidelities: int,
+    fidelity_offset: int,
+    trusted: Collection[str] = (),
+) -> AIMNet2:
+    """Plain AIMNet2 of one fidelity, from the weights of one or of several.
+
+    Raises
+    ------
+    CheckpointError
+        The weights are of another architecture.
+    """
+    weights = checkpoint["model"]
+    if num_fidelities > 1:
+        weights = fidelity_slice(weights, fidelity, fidelity_offset)
+    else:
+        skipped = unused_copies(weights)
+        weights = {key: value for key, value in weights.items() if key not in skipped}
+    rows = next(value.shape[0] for key, value in weights.items() if is_type_table(key))
+    config = copy.deepcopy(dict(config))
+    config["kwargs"]["num_types"] = rows
+    model = build_model(config, trusted=trusted)
+    load_weights(model, weights)
+    return model
 
 
 def names_in_checkpoint(checkpoint: Mapping[str, Any], num_fidelities: int) -> dict[int, str]:

@@ -72,7 +72,7 @@ Case = dict[str, Any]
 ``outputs``: precision -> key -> nested lists."""
 
 Model = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""A batch in, results out: `DeployableModel`, `CombinedModel`, or one of them loaded, `JitModel`."""
+"""A batch in, results out: `DeployableModel`, `CombinedModel`, or one of them loaded, `Potential`."""
 
 
 # --------------------------------------------------------------------------------------------------

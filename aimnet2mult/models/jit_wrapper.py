@@ -1,14 +1,11 @@
 """The deployable model: one fidelity, energies complete, forces inside, in one TorchScript file.
 
 `DeployableModel` is what is compiled (by `aimnet2mult.tools.compile_jit`); it needs nothing but PyTorch to run.
-`load_jit_model` reads the file back for Python and adds second derivatives.
+`load_jit_model` reads the file back for Python.
 """
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +14,13 @@ from aimnet2mult import nbops
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.compiled_file import METADATA_FILE, parse_metadata, torchscript_deprecation_ignored
-from aimnet2mult.utils.devices import usable_device
-from aimnet2mult.utils.text import first_line
+from aimnet2mult.models.legacy import compiled_metadata, open_torchscript
+from aimnet2mult.models.potential import Potential
+from aimnet2mult.utils.devices import chosen_device
 
 DENSE_LIMIT = 120
 """Molecules of up to so many atoms are evaluated in dense layout, larger ones with a list of neighbours; where the two
 take the same time on a CPU (``benchmarks/compiled.py``)."""
-
-ROWS_TIMES_ATOMS = 2048
-"""Rows of a Hessian that are computed together, times atoms: more need more memory and gain nothing."""
 
 
 class DeployableModel(nn.Module):
@@ -219,7 +213,8 @@ class DeployableModel(nn.Module):
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(
                 "this model sums Coulomb pairs without a cutoff (method simple) and cannot be used with a cell; choose "
-                "dsf or ewald: compile_jit --coulomb ewald, or set_coulomb_method of the loaded model"
+                "dsf or ewald: compile_jit --coulomb ewald, or set_coulomb_method of the loaded model; convert legacy "
+                "TorchScript files first (tools.convert)"
             )
         if "cell" in data and len(self.molecules_only) > 0:
             raise ValueError(
@@ -356,7 +351,7 @@ class DeployableModel(nn.Module):
         return ", ".join(names)
 
 
-def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "JitModel":
+def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> Potential:
     """Load a compiled model for Python.
 
     Parameters
@@ -375,221 +370,7 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> "Jit
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    kind = "GPU" if str(device).startswith("cuda") else "such device"
-    place = usable_device(device, f"device {device}: PyTorch {torch.__version__} finds no {kind} here; use cpu")
-    extra = {METADATA_FILE: ""}
-    try:
-        with torchscript_deprecation_ignored():
-            module = torch.jit.load(str(path), map_location=place, _extra_files=extra)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a compiled model (.jpt of tools.compile_jit): {first_line(error)}") from error
-    return JitModel(module, parse_metadata(extra[METADATA_FILE], path))
-
-
-class JitModel:
-    """A compiled model in Python: call it with a batch, ask it for second derivatives.
-
-    Everything works under ``torch.no_grad()`` and ``torch.inference_mode()``.
-
-    Parameters
-    ----------
-    module : torch.jit.ScriptModule
-        The compiled model; its options (`DeployableModel`) are attributes that may be set.
-    metadata : dict
-        What the file says about itself.
-    """
-
-    def __init__(self, module: Any, metadata: dict[str, Any]) -> None:
-        self.module = module
-        self.metadata = metadata
-        self.cutoff = float(module.cutoff)
-        self.species: list[int] = list(getattr(module, "species", []))
-
-    @property
-    def cutoff_lr(self) -> float:
-        """Range of the long-range terms for molecules, Å."""
-        return float(getattr(self.module, "cutoff_lr", self.cutoff))
-
-    def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Evaluate a batch, as `DeployableModel.forward`; its errors come as a ValueError of one line."""
-        if not torch.is_inference_mode_enabled():
-            return self._run(data)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._run(data)
-
-    def __reduce__(self) -> tuple[Any, tuple[bytes, dict[str, Any]]]:
-        """Pickle the program as a file in memory, its options as they are set, for instance for other processes."""
-        program = io.BytesIO()
-        with torchscript_deprecation_ignored():
-            torch.jit.save(self.module, program)
-        return _unpickled, (program.getvalue(), self.metadata)
-
-    def _run(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Tensors made under inference mode cannot be differentiated by, their copies can.
-        data = {key: value.clone() if value.is_inference() else value for key, value in data.items()}
-        with _errors_of_one_line():
-            return self.module(data)
-
-    def set_coulomb_method(
-        self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8
-    ) -> None:
-        """Choose how long-range Coulomb energies are summed, see `DeployableModel.set_coulomb_method`."""
-        self._check_has("set_coulomb_method")
-        with _errors_of_one_line():
-            self.module.set_coulomb_method(method, cutoff, dsf_alpha, ewald_accuracy)
-
-    def set_dispersion_cutoff(self, cutoff: float, smoothing_fraction: float = 0.2) -> None:
-        """Set the range of D3 pairs, see `DeployableModel.set_dispersion_cutoff`."""
-        self._check_has("set_dispersion_cutoff")
-        with _errors_of_one_line():
-            self.module.set_dispersion_cutoff(cutoff, smoothing_fraction)
-
-    def _check_has(self, method: str) -> None:
-        if not hasattr(self.module, method):
-            raise ValueError(f"this file is of an earlier version, without {method}: compile the model again")
-
-    def hessian(self, data: dict[str, Tensor], method: str = "autograd", step: float = 5e-3) -> Tensor:
-        """Second derivatives of the energy.
-
-        Parameters
-        ----------
-        data : dict
-            A dense batch of molecules (B, N, 3), or one molecule or crystal in any layout. Neighbour matrices of the
-            caller are not for second derivatives.
-        method : str
-            ``autograd``, or ``finite_difference``: central differences of the forces.
-        step : float
-            Displacement of the finite differences, Å.
-
-        Returns
-        -------
-        Tensor
-            (B, N, 3, N, 3) or (N, 3, N, 3), eV/Å², symmetrised.
-
-        Raises
-        ------
-        ValueError
-            Unknown method, a step that is not positive; a flat batch of several molecules, a batch of crystals.
-        """
-        _check_second_derivatives(data)
-        if not step > 0.0:
-            raise ValueError(f"step {step}: expected a positive displacement, Å")
-        if data["numbers"].numel() == 0:
-            shape = data["coord"].shape
-            return data["coord"].new_zeros(*shape, *shape[-2:])
-        if method == "autograd":
-            hessian = self._hessian_autograd(data)
-        elif method == "finite_difference":
-            hessian = self._hessian_differences(data, step)
-        else:
-            raise ValueError(f"hessian method {method!r} is not one of autograd, finite_difference")
-        axes = (3, 4, 1, 2) if hessian.dim() == 5 else (2, 3, 0, 1)
-        return 0.5 * (hessian + hessian.permute(*range(hessian.dim() - 4), *axes))
-
-    def hessian_vector_product(self, data: dict[str, Tensor], vector: Tensor) -> Tensor:
-        """Product of the second derivatives of the energy with a vector, at the cost of a few evaluations.
-
-        Parameters
-        ----------
-        data : dict
-            A batch in any layout, without neighbour matrices of the caller's.
-        vector : Tensor
-            Shape of ``coord``, for instance displacements in Å.
-
-        Returns
-        -------
-        Tensor
-            Shape of ``coord``; eV/Å² times the unit of ``vector``.
-        """
-        if "nbmat" in data:
-            raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
-        if vector.shape != data["coord"].shape:
-            raise ValueError(f"vector has shape {list(vector.shape)}, coord {list(data['coord'].shape)}")
-        if not torch.isfinite(vector).all():
-            raise ValueError("vector holds NaN or infinite values")
-        if data["coord"].numel() == 0:
-            return torch.zeros_like(data["coord"])
-        with torch.inference_mode(False), torch.enable_grad():
-            coord, forces = self._forces_with_graph(data)
-            (product,) = torch.autograd.grad(forces, coord, -vector.clone().to(forces))
-        return product
-
-    def _forces_with_graph(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        data = {key: value.detach().clone() for key, value in data.items()}
-        coord = data["coord"].requires_grad_(True)
-        with self._without_hessian():
-            return coord, self._run(data)["forces"]
-
-    @contextmanager
-    def _without_hessian(self) -> Iterator[None]:
-        """Switch the option ``compute_hessian`` off: with a graph, it would prepare third derivatives."""
-        before = getattr(self.module, "compute_hessian", None)  # files of version 1 have no such option
-        if before is None:
-            yield
-            return
-        self.module.compute_hessian = False
-        try:
-            yield
-        finally:
-            self.module.compute_hessian = before
-
-    def _hessian_autograd(self, data: dict[str, Tensor]) -> Tensor:
-        n_atoms = data["coord"].shape[-2]
-        with torch.inference_mode(False), torch.enable_grad():
-            coord, forces = self._forces_with_graph(data)
-            size = 3 * n_atoms
-            unit = torch.eye(size, dtype=forces.dtype, device=forces.device).view(size, n_atoms, 3)
-            rows = [
-                torch.autograd.grad(forces, coord, -vectors, retain_graph=True, is_grads_batched=True)[0]
-                for chunk in unit.split(max(1, ROWS_TIMES_ATOMS // n_atoms))
-                for vectors in [chunk if coord.dim() == 2 else chunk.unsqueeze(1).expand(-1, *coord.shape)]
-            ]
-        # The first axis is the component that is differentiated: of all molecules of a batch at a time.
-        hessian = torch.cat(rows).view(n_atoms, 3, *coord.shape)
-        return hessian if coord.dim() == 2 else hessian.movedim(2, 0)
-
-    def _hessian_differences(self, data: dict[str, Tensor], step: float) -> Tensor:
-        n_atoms = data["coord"].shape[-2]
-        rows = []
-        for i in range(n_atoms):
-            for k in range(3):
-                forces = []
-                for sign in (1.0, -1.0):
-                    coord = data["coord"].detach().clone()
-                    coord[..., i, k] += sign * step
-                    with self._without_hessian():
-                        forces.append(self({**data, "coord": coord})["forces"])
-                rows.append((forces[1] - forces[0]) / (2.0 * step))
-        hessian = torch.stack(rows, dim=-3)
-        return hessian.view(*hessian.shape[:-3], n_atoms, 3, n_atoms, 3)
-
-
-def _unpickled(program: bytes, metadata: dict[str, Any]) -> JitModel:
-    with torchscript_deprecation_ignored():
-        return JitModel(torch.jit.load(io.BytesIO(program)), metadata)
-
-
-def _check_second_derivatives(data: dict[str, Tensor]) -> None:
-    nbops.check_batch(data)
-    if "nbmat" in data:
-        raise ValueError("second derivatives are for batches without neighbour matrices (nbmat)")
-    if nbops.is_flat(data) and nbops.count_molecules(data) > 1:
-        raise ValueError("hessian needs a dense batch (B, N, 3), or one molecule (N, 3)")
-    if "cell" in data and nbops.count_molecules(data) > 1:
-        raise ValueError("the Hessian of a crystal is computed for one at a time")
-
-
-@contextmanager
-def _errors_of_one_line() -> Iterator[None]:
-    """Turn errors of TorchScript into those of Python, and do without its optimising executor.
-
-    That one costs seconds in the first calls of a process (``benchmarks/first_calls.py``) and gains nothing later.
-    """
-    with torch.jit.optimized_execution(False):
-        try:
-            yield
-        except torch.jit.Error as error:
-            message = str(error).strip().split("\n")[-1]
-            if "ValueError: " not in message:
-                raise
-            raise ValueError(message.partition("ValueError: ")[2]) from error
+    module, metadata = open_torchscript(path, chosen_device(device))
+    if not metadata:
+        raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit; try load_potential")
+    return Potential(module, metadata, compiled_metadata(module, metadata))

@@ -4,7 +4,6 @@ What the checkpoint knows about itself needs no flag, and a flag that contradict
 one fidelity, the model as it is to be compiled and the metadata of the file; nothing is written here.
 """
 
-import copy
 import hashlib
 import logging
 import math
@@ -23,18 +22,16 @@ from aimnet2mult.electrostatics import LRCoulomb
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import (
     CheckpointError,
-    build_model,
     layout_of_weights,
     load_checkpoint,
     load_model_config,
-    load_weights,
-    unused_copies,
+    single_fidelity_model,
     versions,
 )
 from aimnet2mult.models.compiled_file import FORMAT_VERSION, LICENCE_NOT_STATED
 from aimnet2mult.models.golden import QUANTITIES
 from aimnet2mult.models.jit_wrapper import DeployableModel
-from aimnet2mult.models.mixed_fidelity_aimnet2 import fidelity_slice, is_type_table
+from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.modules import SelfAtomicEnergies
 from aimnet2mult.nbops import BATCH_KEYS
 from aimnet2mult.tools.compile_options import ALL, Coulomb, Dispersion, ModelOptions, dispersion_to_embed
@@ -286,35 +283,6 @@ def self_atomic_energies(source: Source, fidelity: int) -> dict[int, float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_single_fidelity(
-    checkpoint: Mapping[str, Any],
-    config: Mapping[str, Any],
-    fidelity: int,
-    num_fidelities: int,
-    fidelity_offset: int,
-) -> AIMNet2:
-    """Plain AIMNet2 of one fidelity, from the weights of one or of several.
-
-    Raises
-    ------
-    ValueError
-        The weights are of another architecture.
-    """
-    weights = checkpoint["model"]
-    if num_fidelities > 1:
-        weights = fidelity_slice(weights, fidelity, fidelity_offset)
-    else:
-        skipped = unused_copies(weights)
-        weights = {key: value for key, value in weights.items() if key not in skipped}
-    rows = next(value.shape[0] for key, value in weights.items() if is_type_table(key))
-    config = copy.deepcopy(dict(config))
-    config["kwargs"]["num_types"] = rows
-    model = build_model(config)
-    assert isinstance(model, AIMNet2)
-    load_weights(model, weights)
-    return model
-
-
 def check_finite(network: AIMNet2, species: list[int], title: str) -> None:
     """Refuse a network with ranges, parameters or tables that are not finite; rows of other elements do not count.
 
@@ -449,7 +417,7 @@ def prepare(source: Source, fidelity: int, options: ModelOptions) -> Prepared:
     if unknown:
         raise ValueError(f"--sae: the self-atomic energy of {element_names(unknown)} is not finite")
 
-    network = load_single_fidelity(checkpoint, source.config, fidelity, source.num_fidelities, source.fidelity_offset)
+    network = single_fidelity_model(checkpoint, source.config, fidelity, source.num_fidelities, source.fidelity_offset)
     beyond = [z for z in species if z >= network.num_types]
     if beyond:
         raise ValueError(f"{element_names(beyond)}: the embedding ends at Z = {network.num_types - 1}")

@@ -34,3 +34,17 @@ def usable_device(device: str | torch.device, refusal: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{refusal} ({first_line(error)})") from error
     return place.device
+
+
+def chosen_device(device: str | torch.device) -> torch.device:
+    """Return the device that a caller has chosen for a model.
+
+    Raises
+    ------
+    ValueError
+        It cannot be used here.
+    """
+    import torch
+
+    kind = "GPU" if str(device).startswith("cuda") else "such device"
+    return usable_device(device, f"device {device}: PyTorch {torch.__version__} finds no {kind} here; use cpu")

@@ -9,7 +9,8 @@ from aimnet2mult import nbops
 from aimnet2mult.dftd4 import DFTD4
 from aimnet2mult.dispersion_params import d3bj_parameters, d4_parameters
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
-from aimnet2mult.models.jit_wrapper import DeployableModel, JitModel
+from aimnet2mult.models.jit_wrapper import DeployableModel
+from aimnet2mult.models.potential import Potential
 from aimnet2mult.modules import DFTD3, SelfAtomicEnergies
 from aimnet2mult.neighborlist import neighbor_matrix
 
@@ -280,7 +281,7 @@ def test_range_of_dispersion_that_there_is_not(short_ranged, reference_model):
 def test_hessian_as_an_option(model, molecules, limit):
     model.dense_limit = limit
     data = {key: value[:1] for key, value in molecules().items()}  # water and padding
-    expected = JitModel(model, {}).hessian(data)
+    expected = Potential(model, {}).hessian(data)
     assert expected.shape == (1, 13, 3, 13, 3)
     model.compute_hessian = True
     out = model(data)
@@ -300,7 +301,7 @@ def test_hessian_as_an_option(model, molecules, limit):
 def test_hessian_of_a_crystal(model):
     model.set_coulomb_method("ewald")
     data = crystal()
-    jit = JitModel(model, {})
+    jit = Potential(model, {})
     exact = jit.hessian(data)
     torch.testing.assert_close(exact, jit.hessian(data, "finite_difference", step=1e-4), atol=1e-4, rtol=0)
     assert exact.sum(dim=2).abs().max() < 1e-8, "moving the whole crystal costs nothing"
@@ -311,7 +312,7 @@ def test_hessian_vector_product(model, molecules, limit):
     model.dense_limit = limit
     data = {key: value[:4] for key, value in molecules().items()}
     vector = torch.randn(data["coord"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    jit = JitModel(model, {})
+    jit = Potential(model, {})
     expected = torch.einsum("bikjl,bik->bjl", jit.hessian(data), vector)
     with torch.inference_mode():
         product = jit.hessian_vector_product(data, vector)
@@ -327,8 +328,8 @@ def test_inference_mode_through_the_loaded_model(model, molecules):
         inner = {key: value.clone() for key, value in data.items()}
         with pytest.raises(torch.jit.Error, match="inference_mode"):
             model(inner)
-        assert_same(JitModel(model, {})(inner), expected, atol=0)
-        assert JitModel(model, {}).hessian({key: value[:1] for key, value in inner.items()}).shape[0] == 1
+        assert_same(Potential(model, {})(inner), expected, atol=0)
+        assert Potential(model, {}).hessian({key: value[:1] for key, value in inner.items()}).shape[0] == 1
 
 
 def test_graph_is_kept_for_the_cell_alone(short_ranged):

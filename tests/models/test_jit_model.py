@@ -1,4 +1,4 @@
-"""`JitModel` as a Python object: pickled, called with unusual tensors, asked for second derivatives."""
+"""`Potential` as a Python object: pickled, called with unusual tensors, asked for second derivatives."""
 
 import pickle
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
-from aimnet2mult.models.jit_wrapper import JitModel, load_jit_model
+from aimnet2mult.models.jit_wrapper import load_jit_model
+from aimnet2mult.models.potential import Potential
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_options_that_files_of_version_1_did_not_have():
             return data
 
     with torchscript_deprecation_ignored():
-        model = JitModel(torch.jit.script(Version1()), {})
+        model = Potential(torch.jit.script(Version1()), {})
     for call in (lambda: model.set_coulomb_method("dsf"), lambda: model.set_dispersion_cutoff(10.0)):
         with pytest.raises(ValueError, match=r"of an earlier version, without set_\w+: compile the model again"):
             call()

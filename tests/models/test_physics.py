@@ -6,7 +6,7 @@ import torch
 
 from aimnet2mult import nbops
 from aimnet2mult.models.base import build_model, load_model_config
-from aimnet2mult.models.jit_wrapper import torchscript_deprecation_ignored
+from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
 from aimnet2mult.modules import Forces
 
 ATOL = 1e-10
