@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aimnet2mult.constants import ELEMENT_SYMBOLS
-from aimnet2mult.models.jit_wrapper import torchscript_deprecation_ignored
+from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
 
 EXAMPLE = "examples/cpp"
 
