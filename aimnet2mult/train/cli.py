@@ -19,9 +19,13 @@ EXIT_INTERRUPTED = 130
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "-c", metavar="FILE", help="Settings (YAML); paths in it are relative to its folder.")
-@click.option("--model", "-m", metavar="FILE", help="Model (YAML).  [default: the packaged full-size AIMNet2]")
+@click.option(
+    "--model", "-m", metavar="FILE", help="Model (YAML).  [default: that of --load, or the full-size AIMNet2]"
+)
 @click.option("--save", "-s", metavar="FILE", help="Trained model (.pt).  [default: model.pt in the run's folder]")
-@click.option("--load", "-l", metavar="FILE", help="Checkpoint whose weights a new run starts from.")
+@click.option(
+    "--load", "-l", metavar="FILE", help="Model file that a new run starts from: checkpoint, format-2 .pt, legacy .jpt."
+)
 @click.option(
     "--resume",
     "-r",
@@ -86,7 +90,7 @@ def main(
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(verbose, rank)
     with _interruptible(), rank_errors():
-        job = read_job(config, model, overrides, resume, overwrite)
+        job = read_job(config, model, overrides, resume, overwrite, load)
         if job.resume is not None:
             load = None  # --resume auto --load FILE: what the run began with
         if print_config:

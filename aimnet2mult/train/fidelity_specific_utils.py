@@ -6,7 +6,7 @@ atomic shifts) are taken block by block, readouts of a fidelity one by one, and 
 convolutions) as it is (`transfer_weights`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from aimnet2mult.constants import FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, element_na
 from aimnet2mult.data.base import FIDELITY_KEY, Sample
 from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
-from aimnet2mult.data.sae import composition
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import (
     HEAD_KEY,
@@ -30,9 +29,11 @@ from aimnet2mult.models.base import (
     names_in_checkpoint,
     unused_copies,
 )
+from aimnet2mult.models.charge_channels import n_channels, with_two_channels
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import decode_fidelity, encode_fidelity
+from aimnet2mult.train.energy_offsets import portions, start_atomic_shifts, without_offsets
 from aimnet2mult.utils.text import element_ranges, text_table
 
 READOUT_PREFIXES = ("outputs.", "shared_readouts.", "fidelity_readouts.")
@@ -40,9 +41,6 @@ READOUT_PREFIXES = ("outputs.", "shared_readouts.", "fidelity_readouts.")
 
 MEASURED_MOLECULES = 200
 """Molecules of a new fidelity on which predictions of the old ones are compared."""
-
-ATOMS_PER_CALL = 1000
-"""Places for atoms in one evaluation of the comparison."""
 
 
 def layout_of_model(model: nn.Module) -> Layout:
@@ -121,6 +119,13 @@ def start_from_checkpoint(
     CheckpointError, ConfigError
         As `named_sources`, `closest_fidelities` and `transfer_weights`; the model is left as it was.
     """
+    lines = []
+    if n_channels(checkpoint["model"]) == 1 and getattr(model, "num_charge_channels", 1) == 2:
+        checkpoint = {**checkpoint, "model": with_two_channels(checkpoint["model"])}
+        lines.append(
+            "one charge channel becomes two: alpha and beta start equal, each with half of the charges (updates after "
+            "the first pass are halved approximately)"
+        )
     known = names_in_checkpoint(checkpoint, _layout(checkpoint, dataset.fidelity_offset).num_fidelities)
     starts = named_sources(checkpoint, names, init_from, dataset.fidelity_offset)
     if new := {f: name for f, name in names.items() if f not in starts}:
@@ -128,10 +133,13 @@ def start_from_checkpoint(
         starts |= {f: Start(closest.source, closest.text(known)) for f, closest in measured.items()}
     sources = {f: start.source for f, start in starts.items()}
     rows = transfer_weights(model, checkpoint, sources, names)
-    lines = [f"{names[f]} starts from {known[start.source]} ({start.reason})" for f, start in sorted(starts.items())]
+    lines += [f"{names[f]} starts from {known[start.source]} ({start.reason})" for f, start in sorted(starts.items())]
     lines += text_table(TransferRow._fields, rows)
     for f, numbers in new_species(model, checkpoint, dataset.species, sources).items():
         lines.append(f"{names[f]} learns elements that the checkpoint does not know: {element_names(numbers)}")
+    if checkpoint.get("sae_with_shifts"):
+        lines.append("self-atomic energies, and shifts that were learned on top of them, are taken out of the weights")
+        lines += start_atomic_shifts(model, dataset, indices, names)
     return lines
 
 
@@ -311,7 +319,7 @@ def _closest(
 def _error(model: Forces, layout: Layout, samples: Sequence[Sample], fidelity: int, label: str, where: str) -> float:
     """RMSE of the predictions of a fidelity: of forces, or of energies without offsets per element."""
     differences, counts = [], []
-    for part in _portions(samples):
+    for part in portions(samples):
         x, y = collate(part)
         plain = x["numbers"]
         fidelities = torch.full_like(x[FIDELITY_KEY], fidelity)
@@ -322,31 +330,8 @@ def _error(model: Forces, layout: Layout, samples: Sequence[Sample], fidelity: i
         counts.append(plain.numpy())
     values = torch.cat(differences).numpy()
     if label == "energy" and np.isfinite(values).all():
-        values = _without_offsets(values, counts, where)
+        values = without_offsets(values, counts, where)
     return float(np.sqrt(np.mean(values**2)))
-
-
-def _without_offsets(values: np.ndarray, numbers: Sequence[np.ndarray], where: str) -> np.ndarray:
-    """Energies (n,) minus the sums of the offsets per element that fit them best."""
-    elements = sorted({int(z) for part in numbers for z in np.unique(part) if z > 0})
-    counts = np.concatenate([composition(part, elements) for part in numbers]).astype(np.float64)
-    offsets, _, rank, _ = np.linalg.lstsq(counts, values, rcond=None)
-    if len(values) <= rank:
-        raise ConfigError(
-            f"{len(values)} molecules with an energy are too few to measure which fidelity is closest to {where}"
-        )
-    return values - counts @ offsets
-
-
-def _portions(samples: Sequence[Sample]) -> Iterable[list[Sample]]:
-    """Divide samples, the small ones first, into portions of `ATOMS_PER_CALL` places."""
-    portion: list[Sample] = []
-    for sample in sorted(samples, key=lambda s: len(s["numbers"])):
-        if portion and (len(portion) + 1) * len(sample["numbers"]) > ATOMS_PER_CALL:
-            yield portion
-            portion = []
-        portion.append(sample)
-    yield portion
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aimnet2mult.config.builder import ConfigError
-from aimnet2mult.models.base import load_model_config
+from aimnet2mult.models.base import load_checkpoint, load_model_config
 from aimnet2mult.train.configuration import load_config
 from aimnet2mult.train.data import Data
 from aimnet2mult.train.run_folder import MARKS, Resume, changed_data, find_resume
@@ -83,6 +83,7 @@ def read_job(
     overrides: Sequence[str] = (),
     resume: str | Path | None = None,
     overwrite: bool = False,
+    load: str | Path | None = None,
 ) -> Job:
     """Read settings and model, of a new run or of one that goes on.
 
@@ -91,13 +92,15 @@ def read_job(
     config : str or Path, optional
         File of settings; default: those of the run that goes on, for a new one the packaged ones.
     model : str or Path, optional
-        File of the model; default: that of the run that goes on, for a new one the packaged one.
+        File of the model; default: that of the run that goes on, for a new one that of ``load``, or the packaged one.
     overrides : sequence of str
         Settings as ``key=value``.
     resume : str or Path, optional
         Folder of a run or a checkpoint in it, or `AUTO`.
     overwrite : bool
         Replace an earlier run in the folder. `AUTO` does so with one that was killed before its first checkpoint.
+    load : str or Path, optional
+        Model file that a new run starts from.
 
     Raises
     ------
@@ -110,9 +113,9 @@ def read_job(
         if _named_by_time(settings) and not resume.exists():
             raise ConfigError("--resume auto: finds its run by run_name or checkpoint.dirname; give one of them")
         if not any(resume.glob("*.pt")):
-            return Job(settings, load_model_config(model), None, overwrite=True)
+            return Job(settings, _new_model(model, load), None, overwrite=True)
     if resume is None:
-        return Job(load_config(config, overrides), load_model_config(model), None, overwrite)
+        return Job(load_config(config, overrides), _new_model(model, load), None, overwrite)
     found = find_resume(resume)
     if found.path == Path(resume).absolute() and not any((found.folder / name).exists() for name in MARKS):
         raise ConfigError(
@@ -127,6 +130,16 @@ def read_job(
     if model is not None and load_model_config(model) != model_config:
         raise ConfigError(f"--model: {model} is not the model of the run in {found.folder}; leave it out")
     return Job(settings, model_config, found)
+
+
+def _new_model(model: str | Path | None, load: str | Path | None) -> dict[str, Any]:
+    """Configuration of the model of a new run."""
+    if model is None and load is not None:
+        known = load_checkpoint(load).get("model_config")
+        if known is not None:
+            logger.info("model: as in %s", load)
+            return known
+    return load_model_config(model)
 
 
 def check_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
