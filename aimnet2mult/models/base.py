@@ -20,17 +20,17 @@ from aimnet2mult.models.artifact import (
     Artifact,
     D3Parameters,
     ModelMetadata,
-    find_outputs,
     is_artifact,
-    own_names,
     parse_artifact,
 )
+from aimnet2mult.models.artifact_config import find_outputs, own_names
 from aimnet2mult.models.interchange import checkpoint_of_artifact
 from aimnet2mult.models.legacy import checkpoint_of_legacy, compiled_metadata, legacy_metadata, open_torchscript
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, is_type_table, num_types
 from aimnet2mult.models.safe_file import CheckpointError, is_torchscript, load_tensors
 from aimnet2mult.utils.devices import chosen_device
 from aimnet2mult.utils.files import atomic_path
+from aimnet2mult.utils.text import first_line
 
 DEFAULT_MODEL = Path(aimnet2mult.__file__).parent / "config" / "default_model.yaml"
 """The full-size model."""
@@ -311,7 +311,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         return checkpoint_of_legacy(module, path)
     content = load_tensors(path, device)
     if is_artifact(content):
-        return checkpoint_of_artifact(parse_artifact(content, path))
+        artifact, _ = read_artifact(content, path)
+        return checkpoint_of_artifact(artifact)
     return checkpoint_content(content, path)
 
 
@@ -374,6 +375,7 @@ def load_model(
         raise FileNotFoundError(f"{path}: no such file")
     place = chosen_device(device)
     metadata: ModelMetadata
+    model: nn.Module
     if is_torchscript(path):
         _only_of_checkpoints(fidelity, path)
         module, about = open_torchscript(path, place)
@@ -381,8 +383,7 @@ def load_model(
     content = load_tensors(path)
     if is_artifact(content):
         _only_of_checkpoints(fidelity, path)
-        artifact = parse_artifact(content, path, trusted)
-        model: nn.Module = model_of_artifact(artifact, path, trusted)
+        artifact, model = read_artifact(content, path, trusted)
         metadata = artifact.metadata
     else:
         model, metadata = _model_of_checkpoint(checkpoint_content(content, path), path, fidelity)
@@ -392,6 +393,20 @@ def load_model(
 def _only_of_checkpoints(fidelity: int | None, path: Path) -> None:
     if fidelity is not None:
         raise ValueError(f"fidelity {fidelity}: {path} has no fidelities to choose from; leave it out")
+
+
+def read_artifact(
+    content: Mapping[str, Any], path: str | Path, trusted: Collection[str] = ()
+) -> tuple[Artifact, AIMNet2]:
+    """Check an artifact to the end: its entries (`parse_artifact`), and that they make a network.
+
+    Raises
+    ------
+    CheckpointError
+        What is wrong with it.
+    """
+    artifact = parse_artifact(content, path, trusted)
+    return artifact, model_of_artifact(artifact, path, trusted)
 
 
 def model_of_artifact(artifact: Artifact, path: str | Path = "the file", trusted: Collection[str] = ()) -> AIMNet2:
@@ -408,7 +423,7 @@ def model_of_artifact(artifact: Artifact, path: str | Path = "the file", trusted
         model = build_model(config, trusted=trusted)
     # Arguments that are of the wrong type, or out of range, come to light in the constructors.
     except (ConfigError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: the model cannot be built: {error}") from error
+        raise CheckpointError(f"{path}: the model cannot be built: {first_line(error)}") from error
     for key in artifact.weights:
         if key.endswith(".shifts.weight"):
             model.get_submodule(key.rpartition(".")[0]).double()

@@ -18,15 +18,12 @@ from aimnet2mult.dispersion_ts import D3TS
 from aimnet2mult.models.artifact import (
     ARTIFACT_VERSION,
     D3_KEYS,
-    MODULES,
-    READOUTS,
     Artifact,
     D3Parameters,
     ModelMetadata,
-    class_name,
-    find_outputs,
     is_expected_extra,
 )
+from aimnet2mult.models.artifact_config import MODULES, READOUTS, class_name, find_outputs
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.models.safe_file import CheckpointError
 

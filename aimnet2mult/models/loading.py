@@ -12,13 +12,14 @@ import torch
 from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.artifact import D3_KEYS, is_artifact, parse_artifact
+from aimnet2mult.models.artifact import D3_KEYS, is_artifact
 from aimnet2mult.models.base import (
     CheckpointError,
     checkpoint_content,
     describe_checkpoint,
     layout_of_weights,
     names_in_checkpoint,
+    read_artifact,
     single_fidelity_model,
 )
 from aimnet2mult.models.interchange import checkpoint_of_artifact
@@ -110,7 +111,7 @@ def _of_weights(path: Path, fidelity: int | str | None, trusted: Collection[str]
         return Potential(model, description, description)
     if fidelity not in (None, 0):
         raise ValueError(f"fidelity {fidelity}: {path} has no fidelities to choose from; leave it out")
-    artifact = parse_artifact(content, path, trusted)
+    artifact, _ = read_artifact(content, path, trusted)
     checkpoint = checkpoint_of_artifact(artifact)
     model = deployable_model(
         checkpoint, 0, path, trusted=trusted, d3_range=(D3_CUTOFF, D3_SMOOTHING), label="this model"
