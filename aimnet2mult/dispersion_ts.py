@@ -96,7 +96,8 @@ class D3TS(RationalDispersion):
         """Add the dispersion energy: ``key_out`` (B,) float64, eV."""
         pairs = self.search(data, self.cutoff_lr_periodic if "cell" in data else self.cutoff_lr)
         q = self.r4r2_charge().to(data["coord"].dtype)[data["numbers"].flatten()]
-        if nbops.first_order(data):
+        # A dense batch has one block, with the vectors that the network made: nothing to save.
+        if nbops.first_order(data) and nbops.is_flat(data):
             return self.add_energy(self.energy_with_first_derivatives(data, pairs, q), data)
         c6, alpha = self.atomic_values(data)
         energy = torch.zeros([nbops.n_molecules(data)], dtype=torch.float64, device=c6.device)

@@ -378,7 +378,8 @@ def pair_block(
     Parameters
     ----------
     data : dict
-        Internal batch; ``coord`` and ``cell`` may be other tensors (leaves) of the same values as in the search.
+        Internal batch; of a flat one ``coord`` and ``cell`` may be other tensors (leaves) of the same values as in the
+        search. Of a dense one the vectors are those of `pair_vectors`, with the graph that they were made with.
     pairs : LongRangePairs
         Made for this batch.
     block : int

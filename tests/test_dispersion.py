@@ -483,6 +483,21 @@ def test_d3ts_differentiated_in_blocks_is_d3ts_differentiated_at_once(periodic):
         torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-12)
 
 
+def test_d3ts_first_order_of_a_dense_batch_whose_vectors_the_network_has_made():
+    generator = torch.Generator().manual_seed(3)
+    coord = 5.0 * torch.rand(2, 6, 3, generator=generator, dtype=torch.float64)
+    data = nbops.internal_batch({"coord": coord, "numbers": torch.tensor([[8, 1, 1, 8, 1, 1]] * 2)}, 5.0)
+    values = 5.0 + 20.0 * torch.rand(*data["numbers"].shape, 2, generator=generator, dtype=torch.float64)
+    gradients = []
+    for extra in ({}, {"_first_order": torch.zeros(0)}):
+        batch = {**data, "coord": data["coord"].clone().requires_grad_(), "disp_param": values, **extra}
+        inputs = batch["coord"]
+        nbops.pair_vectors(batch)
+        gradients.append(torch.autograd.grad(D3TS(0.4, 4.2, 0.7)(batch)["energy"].sum(), inputs)[0])
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-14)
+
+
 def test_disp_param_takes_its_table_from_a_checkpoint():
     table = torch.rand(95, 2) + 1.0
     table[0] = torch.tensor([0.0, 1.0])
