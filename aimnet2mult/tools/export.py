@@ -9,6 +9,7 @@ written.
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,7 @@ def compare_with_source(
 
     Both get what the artifact says is needed; D3 without a range.
     """
+    from aimnet2mult.electrostatics import LRCoulomb
     from aimnet2mult.models.base import load_checkpoint
     from aimnet2mult.models.golden import compare, golden, make_cases
     from aimnet2mult.models.loading import deployable_model
@@ -157,7 +159,10 @@ def compare_with_source(
         labels = {"method": "d3bj", "functional": None, "parameters": dict(d3)}
         original["dispersion"] = {fidelity: {"labels": labels, "subtracted": True}}
     single = deployable_model(original, fidelity, source.path).eval()
-    double = deployable_model(original, fidelity, source.path).eval().double()
+    if about["needs_coulomb"] and about["coulomb_mode"] == "none":  # as --needs-coulomb says
+        single.model.add_output("lrcoulomb", LRCoulomb())
+        single.update_ranges()
+    double = copy.deepcopy(single).double()
     cases = make_cases(about["implemented_species"], about["num_charge_channels"] == 2, periodic=False)
     content = golden(cases, single, double)
     written = deployable_model(load_checkpoint(path), 0, path).eval().double()

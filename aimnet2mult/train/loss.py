@@ -160,7 +160,8 @@ def _predicted(y_pred: Batch, key: str, mask: Tensor) -> Tensor | None:
         return y_pred[key]
     # The one wait for the device here happens only for a prediction that is not there.
     if bool(mask.any()):
-        raise ValueError(f"the model predicts no {key}; it gives {', '.join(sorted(y_pred))}")
+        remedy = "; num_charge_channels: 2 in the model file gives them" if key == "spin_charges" else ""
+        raise ValueError(f"the model predicts no {key}; it gives {', '.join(sorted(y_pred))}{remedy}")
     return None
 
 

@@ -48,7 +48,7 @@ def test_closed_shells_change_little_and_have_no_spin_charges(checkpoint, molecu
     assert found["spin_charges"][closed].abs().max() < 1e-12
     change = (found["energy"] - expected["energy"])[closed].abs().max()
     assert 0.0 < change < 0.01 * expected["energy"].abs().max()
-    torch.testing.assert_close(found["charges"].sum(1), data["charge"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["charges"].sum(1), data["charge"], rtol=0, atol=1e-3)
     # With random weights Σf of few atoms is not large against the ε of the equilibration.
     torch.testing.assert_close(found["spin_charges"].sum(1), data["mult"] - 1.0, rtol=0, atol=1e-2)
 
