@@ -8,7 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-output/fine_tune}
-EPOCHS=${EPOCHS:-40}
+EPOCHS=${EPOCHS:-60}
+PRETRAINING=${PRETRAINING:-30}
+CHANNELS=${CHANNELS:-1}
 PRETRAINED=${1:-}
 MODEL=${MODEL:-config/model_small.yaml}
 mkdir -p "$OUT"
@@ -24,9 +26,9 @@ train() { # NAME FILES SAE EPOCHS LEARNING-RATE MODEL [OPTION]...
 if [ -z "$PRETRAINED" ]; then
     echo "== a model from elsewhere: GFN2-xTB, one charge channel, format 2"
     PRETRAINED=$OUT/pretrained.pt
-    sed 's/num_charge_channels: 2/num_charge_channels: 1/' config/model_small.yaml > "$OUT/closed_shell.yaml"
+    sed "s/num_charge_channels: 2/num_charge_channels: $CHANNELS/" config/model_small.yaml > "$OUT/closed_shell.yaml"
     "$PYTHON" -m aimnet2mult.train.calc_sae data/fid1_gfn2_train.h5 "$OUT/sae_gfn2.yaml"
-    train gfn2 data/fid1_gfn2_train.h5 "$OUT/sae_gfn2.yaml" 10 2e-3 "$OUT/closed_shell.yaml"
+    train gfn2 data/fid1_gfn2_train.h5 "$OUT/sae_gfn2.yaml" "$PRETRAINING" 2e-3 "$OUT/closed_shell.yaml"
     "$PYTHON" -m aimnet2mult.tools.export "$OUT/gfn2.pt" "$PRETRAINED"
 fi
 
