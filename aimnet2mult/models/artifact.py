@@ -33,7 +33,7 @@ from aimnet2mult.models.artifact_config import (
     shown,
 )
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
-from aimnet2mult.models.safe_file import CheckpointError
+from aimnet2mult.models.safe_file import CheckpointError, check_weights
 from aimnet2mult.utils.files import atomic_path
 from aimnet2mult.utils.text import first_line
 
@@ -72,9 +72,6 @@ MAX_CUTOFF = 50.0
 
 LARGEST = 1e12
 """Largest number of metadata: sizes of energies, eV, and below."""
-
-MAX_SHARED = 8
-"""Weights that may be one and the same tensor."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights."""
@@ -250,19 +247,14 @@ def _entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
 def _parse_weights(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that the configuration needs, atomic shifts in float64."""
     outputs = config["kwargs"]["outputs"]
+    check_weights(weights, "state_dict")
     kept: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if not isinstance(key, str):
-            refuse(f"state_dict: {shown(key)} is not the name of a weight")
-        if not isinstance(value, Tensor):
-            refuse(f"state_dict: {key:.80} is of the type {type(value).__name__}, expected a tensor")
         if is_expected_extra(key, outputs):
             continue
-        if value.layout != torch.strided or value.is_meta or value.dtype not in FLOATS:
-            refuse(f"state_dict: {key:.80} is not a plain tensor of floating-point numbers but {_kind(value)}")
-        kept[key] = value.detach()
-    _check_held(kept)
-    for key, value in kept.items():
+        if value.dtype not in FLOATS:
+            refuse(f"state_dict: {key:.80} is not of floating-point numbers but {value.dtype}")
+        value = value.detach()
         if key.endswith(".shifts.weight"):
             value = value.double()
         elif value.element_size() < 4:
@@ -292,16 +284,6 @@ def _same_range(stored: float, said: float) -> bool:
     return abs(stored - said) <= 0.005 * said
 
 
-def _check_held(weights: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that show the same few numbers many times over: copies of them would need any amount of memory."""
-    shared: dict[int, int] = {}
-    for key, value in weights.items():
-        storage, size = value.untyped_storage(), value.numel() * value.element_size()
-        shared[storage.data_ptr()] = shared.get(storage.data_ptr(), 0) + size
-        if size > storage.nbytes() or shared[storage.data_ptr()] > MAX_SHARED * storage.nbytes():
-            refuse(f"state_dict: {key:.80} has the shape {tuple(value.shape)}, but the file holds fewer numbers for it")
-
-
 def is_expected_extra(key: str, outputs: Mapping[str, Any]) -> bool:
     """Whether a weight is one that may be there although nothing reads it."""
     place, _, rest = key.partition(".")
@@ -312,10 +294,6 @@ def is_expected_extra(key: str, outputs: Mapping[str, Any]) -> bool:
         # The masses of multipoles stay behind when these are taken out of a configuration.
         return name in EXPECTED_EXTRA[""] or (name in ("dipole", "quadrupole") and own == "mass")
     return own in EXPECTED_EXTRA.get(class_name(outputs[name]), ())
-
-
-def _kind(value: Tensor) -> str:
-    return f"{value.dtype}, {value.layout}, {value.device.type}".replace("torch.", "")
 
 
 def _check_finite(weights: Mapping[str, Tensor], species: Sequence[int]) -> None:

@@ -133,27 +133,52 @@ def parse_config(text: str, trusted: Collection[str] = ()) -> dict[str, Any]:
         refuse(f"model_yaml has {len(text):,} characters, more than any model needs")
     try:
         _check_events(text)
-        nodes = _tree(yaml.safe_load(text), MAX_DEPTH, [0])
+        nodes = yaml.safe_load(text)
     except CheckpointError:
         raise
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"model_yaml is not YAML of plain types: {reason:.300}") from error
-    kwargs = _class_and_kwargs(nodes, "model_yaml")
+    return check_config(nodes, trusted)
+
+
+def check_config(
+    nodes: Any, trusted: Collection[str] = (), where: str = "model_yaml", readouts: Sequence[str] = READOUTS
+) -> dict[str, Any]:
+    """Configuration under our names, from nested mappings, lists and plain values.
+
+    Parameters
+    ----------
+    nodes : mapping
+        ``class`` and ``kwargs`` of the network; left as it is.
+    trusted : collection of str
+        As in `parse_config`.
+    where : str
+        Place in the file, for messages.
+    readouts : sequence of str
+        Classes of readouts that it may name.
+
+    Raises
+    ------
+    CheckpointError
+        The first thing that is wrong.
+    """
+    nodes = _tree(nodes, MAX_DEPTH, [0])
+    kwargs = _class_and_kwargs(nodes, where)
     if nodes["class"] not in NETWORK_NAMES and nodes["class"] not in trusted:
-        refuse(f"model_yaml: class {shown(nodes['class'])} is not a network; known: {', '.join(NETWORK_NAMES[:2])}")
+        refuse(f"{where}: class {shown(nodes['class'])} is not a network; known: {', '.join(NETWORK_NAMES[:2])}")
     outputs = kwargs.get("outputs")
     if not isinstance(outputs, dict) or not outputs:
-        refuse("model_yaml: outputs must be a mapping of readouts {name: {class, kwargs}}")
+        refuse(f"{where}: outputs must be a mapping of readouts {{name: {{class, kwargs}}}}")
     if len(outputs) > MAX_READOUTS:
-        refuse(f"model_yaml: {len(outputs)} outputs, more than any model has ({MAX_READOUTS})")
+        refuse(f"{where}: {len(outputs)} outputs, more than any model has ({MAX_READOUTS})")
     for key, value in kwargs.items():
         if key != "outputs":
-            _check_values(value, f"model_yaml: {key}")
-    parsed = {name: _parse_output(name, node, trusted) for name, node in outputs.items()}
+            _check_values(value, f"{where}: {key}")
+    parsed = {name: _parse_output(name, node, f"{where}: outputs", trusted, readouts) for name, node in outputs.items()}
     for cls in ("DFTD3", "D3TS"):
         if len(names := find_outputs(parsed, cls)) > 1:
-            refuse(f"model_yaml: {cls} is among the outputs {len(names)} times ({', '.join(names[:3])})")
+            refuse(f"{where}: {cls} is among the outputs {len(names)} times ({', '.join(names[:3])})")
     network = nodes["class"] if nodes["class"] in trusted else NETWORK
     return {"class": network, "kwargs": {**kwargs, "outputs": parsed}}
 
@@ -173,7 +198,7 @@ def _tree(value: Any, depth: int, count: list[int]) -> Any:
     """Copy nested mappings, lists and values, so that no two places share one; refuse what is endless."""
     count[0] += 1
     if depth == 0 or count[0] > MAX_NODES:
-        refuse("model_yaml is nested too deeply, or endlessly")
+        refuse("the configuration is nested too deeply, or endlessly")
     if isinstance(value, dict):
         return {_key(key): _tree(item, depth - 1, count) for key, item in value.items()}
     if isinstance(value, list):
@@ -182,20 +207,20 @@ def _tree(value: Any, depth: int, count: list[int]) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
-            refuse(f"model_yaml: {shown(value)} is larger than any size of a model")
+            refuse(f"the configuration: {shown(value)} is larger than any size of a model")
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            refuse(f"model_yaml: {value} is not a finite number")
+            refuse(f"the configuration: {value} is not a finite number")
         return value
     if isinstance(value, str):
         return value
-    return refuse(f"model_yaml: a value of the type {type(value).__name__}, expected numbers and text")
+    return refuse(f"the configuration: a value of the type {type(value).__name__}, expected numbers and text")
 
 
 def _key(key: Any) -> Any:
     if isinstance(key, bool) or not isinstance(key, str | int):
-        refuse(f"model_yaml: {shown(key)} cannot be a key")
+        refuse(f"the configuration: {shown(key)} cannot be a key")
     return key
 
 
@@ -212,21 +237,21 @@ def _class_and_kwargs(node: Any, where: str) -> dict[str, Any]:
     return kwargs
 
 
-def _parse_output(key: Any, node: Any, trusted: Collection[str]) -> dict[str, Any]:
+def _parse_output(key: Any, node: Any, where: str, trusted: Collection[str], readouts: Sequence[str]) -> dict[str, Any]:
     # Names become those of modules.
-    if not isinstance(key, str) or not key.isidentifier() or key.startswith("_") or hasattr(nn.ModuleDict, key):
-        refuse(f"model_yaml: outputs: {shown(key)} cannot be the name of a readout")
-    where = f"model_yaml: outputs.{key:.60}"
+    if not isinstance(key, str) or not key.isidentifier() or key.startswith("_") or hasattr(nn.ModuleDict(), key):
+        refuse(f"{where}: {shown(key)} cannot be the name of a readout")
+    where = f"{where}.{key:.60}"
     kwargs = dict(_class_and_kwargs(node, where))
     place, _, name = node["class"].rpartition(".")
     if name not in KEPT_NAMES.get(key, (name,)):
         refuse(f"{where}: the name is kept for {' or '.join(KEPT_NAMES[key]) or 'self-atomic energies'}")
     if node["class"] in trusted:
         return {"class": node["class"], "kwargs": kwargs}
-    if place not in READOUT_PLACES or name not in READOUTS:
+    if place not in READOUT_PLACES or name not in readouts:
         refuse(
-            f"{where}: class {shown(node['class'])} is not one that a model file may name; known: "
-            f"{READOUT_PLACES[0]}.{{{', '.join(READOUTS)}}}; a class of your own must be given as trusted"
+            f"{where}: class {shown(node['class'])} is not one that a model file may name, nor was it given as "
+            f"trusted; of {READOUT_PLACES[0]}, {nearest(name[:60], readouts)}"
         )
     if name == "Output":
         kwargs["mlp"] = _parse_mlp(kwargs.get("mlp"), f"{where}.mlp")
@@ -263,8 +288,7 @@ def _parse_mlp(mlp: Any, where: str) -> dict[str, Any]:
             f"{nearest(name[:60], ACTIVATIONS)}"
         )
     mlp["activation_fn"] = f"torch.nn.{name}"
-    for key, value in mlp.items():
-        _check_values(value, f"{where}.{key}")
+    _check_values(mlp, where)
     hidden = mlp.get("hidden") or []
     if not isinstance(hidden, list):
         refuse(f"{where}.hidden: expected a list of widths, found {shown(hidden)}")
@@ -312,14 +336,14 @@ def check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     names = tuple(f"outputs.{name}.mlp." for name in find_outputs(kwargs["outputs"], "Output"))
     held = sum(v.numel() for key, v in weights.items() if key.startswith(("conv_a.", "conv_q.", "mlps.", *names)))
     if wanted != held:
-        refuse(f"model_yaml describes a network of {wanted:,} weights, state_dict holds {held:,}")
+        refuse(f"the configuration describes a network of {wanted:,} weights, state_dict holds {held:,}")
 
 
 def _count_weights(kwargs: Mapping[str, Any]) -> int:
     """Number of weights of convolutions and networks (equations: `aimnet2mult.models.aimnet2`)."""
     aev = kwargs.get("aev")
     if not isinstance(aev, dict):
-        refuse("model_yaml: aev must be a mapping")
+        refuse("the configuration: aev must be a mapping")
     n_s, n_v = (
         len(shifts) if isinstance(shifts := aev.get(f"shifts_{part}"), list) else aev.get(f"nshifts_{part}")
         for part in "sv"
@@ -331,7 +355,7 @@ def _count_weights(kwargs: Mapping[str, Any]) -> int:
     channels = _size(channels, "num_charge_channels")
     hidden = kwargs.get("hidden")
     if not isinstance(hidden, list) or not all(isinstance(widths, list) for widths in hidden):
-        refuse("model_yaml: hidden must be a list of lists, the widths of each pass")
+        refuse("the configuration: hidden must be a list of lists, the widths of each pass")
     flat = n_feature * (n_s if kwargs.get("d2features") else 1)
     a_in = flat + n_feature * (n_s + n_comb)
     q_in = channels + channels * (n_s + n_comb)
@@ -355,5 +379,5 @@ def _count_mlp(widths: Sequence[int], bias: bool) -> int:
 
 def _size(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        refuse(f"model_yaml: {where} must be a positive whole number, found {shown(value)}")
+        refuse(f"the configuration: {where} must be a positive whole number, found {shown(value)}")
     return value

@@ -18,12 +18,12 @@ from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.artifact import (
     ARTIFACT_VERSION,
     Artifact,
-    D3Parameters,
     ModelMetadata,
     is_artifact,
     parse_artifact,
 )
 from aimnet2mult.models.artifact_config import find_outputs, own_names
+from aimnet2mult.models.checkpoint_entries import check_entries, subtracted_d3, without_files
 from aimnet2mult.models.interchange import checkpoint_of_artifact
 from aimnet2mult.models.legacy import checkpoint_of_legacy, compiled_metadata, legacy_metadata, open_torchscript
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, is_type_table, num_types
@@ -154,7 +154,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             [
                 f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
                 for key in own
-                if key in given and given[key].shape != own[key].shape
+                if key in given and given[key].shape != own[key].shape and not _is_table_of_file(key, given[key])
             ],
         ),
     ]
@@ -165,6 +165,11 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(given)
     if isinstance(model, AIMNet2):
         model.update_keys_and_cutoffs()
+
+
+def _is_table_of_file(key: str, value: Tensor) -> bool:
+    """Whether it is a table of ``DispParam``, which takes as many rows as there are."""
+    return key.endswith(".disp_param0") and value.dim() == 2 and value.shape[1] == 2
 
 
 def _key_list(what: str, keys: Sequence[str], shown: int = 4) -> str:
@@ -324,12 +329,12 @@ def checkpoint_content(content: Any, path: Path) -> dict[str, Any]:
         checkpoint = {"model": content}
     else:
         raise CheckpointError(f"{path}: holds no weights: expected a state dict, or one under the key model")
-    weights = checkpoint["model"]
-    if "afv.weight" not in weights:
-        raise CheckpointError(f"{path}: these are not the weights of an AIMNet2 model: there is no afv.weight")
-    version = checkpoint.get("format_version", CHECKPOINT_VERSION)
-    if version > CHECKPOINT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {version} is newer than this package; update aimnet2mult")
+    if "model_config" in checkpoint:
+        checkpoint["model_config"] = without_files(checkpoint["model_config"])
+    try:
+        check_entries(checkpoint, CHECKPOINT_VERSION)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
 
 
@@ -462,12 +467,7 @@ def describe_checkpoint(checkpoint: Mapping[str, Any], model: AIMNet2, chosen: S
     names = names_in_checkpoint(checkpoint, layout.num_fidelities)
     sae = checkpoint.get("sae") or {}
     species = checkpoint.get("species") or {f: list(table) for f, table in sae.items()}
-    ledger = checkpoint.get("dispersion") or {}
-    dispersion = {
-        f: D3Parameters(**{key: float(ledger[f]["labels"]["parameters"][key]) for key in D3Parameters.__annotations__})  # type: ignore[typeddict-item]
-        for f in chosen
-        if f in ledger and ledger[f]["subtracted"]
-    }
+    dispersion = {f: d3 for f in chosen if (d3 := subtracted_d3(checkpoint, f)) is not None}
     same = len(dispersion) == len(chosen) and all(d3 == dispersion[chosen[0]] for d3 in dispersion.values())
     levels = checkpoint.get("fidelity_levels") or {}
     outputs = checkpoint["model_config"]["kwargs"]["outputs"]

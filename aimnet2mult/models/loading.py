@@ -12,7 +12,7 @@ import torch
 from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.artifact import D3_KEYS, is_artifact
+from aimnet2mult.models.artifact import is_artifact
 from aimnet2mult.models.base import (
     CheckpointError,
     checkpoint_content,
@@ -22,6 +22,7 @@ from aimnet2mult.models.base import (
     read_artifact,
     single_fidelity_model,
 )
+from aimnet2mult.models.checkpoint_entries import subtracted_d3
 from aimnet2mult.models.interchange import checkpoint_of_artifact
 from aimnet2mult.models.jit_wrapper import DeployableModel
 from aimnet2mult.models.legacy import LegacyNetwork, compiled_metadata, legacy_metadata, open_torchscript
@@ -174,9 +175,9 @@ def deployable_model(
     species = sorted((checkpoint.get("species") or {}).get(fidelity) or sae)
     network = single_fidelity_model(checkpoint, config, fidelity, layout.num_fidelities, layout.offset, trusted)
     network.add_output("self_atomic_energies", SelfAtomicEnergies({z: sae[z] for z in species}))
-    ledger = (checkpoint.get("dispersion") or {}).get(fidelity)
-    if ledger is not None and ledger["subtracted"]:
-        d3 = DFTD3(**{key: ledger["labels"]["parameters"][key] for key in D3_KEYS})
+    parameters = subtracted_d3(checkpoint, fidelity)
+    if parameters is not None:
+        d3 = DFTD3(**parameters)
         if d3_range is not None:
             d3.set_cutoff(*d3_range)
         network.add_output("dftd3", d3)

@@ -1,11 +1,13 @@
 """Files of tensors, read without running anything that is in them and without believing their sizes."""
 
-import pickle
+import io
+import pickletools
+import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,24 @@ TORCHSCRIPT_ENTRY = "/constants.pkl"
 
 MAX_ENTRIES = 100_000
 """Files inside the archive, one per tensor."""
+
+
+SAFE_NAMES = re.compile(
+    r"collections OrderedDict"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|meta_tensor_no_storage)"
+    r"|torch \w+Storage|torch\.storage \w+Storage|torch Size"
+    r"|torch (u?int|float|bfloat|complex)\w*|torch bool"
+)
+"""What a pickle may name: the parts of tensors. torch allows more, a ``bytearray`` of any size among it."""
+
+NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+"""Instructions of pickles that name something, those that torch does not read among them."""
+
+PICKLES = 5
+"""Pickles one after the other in files of old versions of torch."""
+
+MAX_SHARED = 8
+"""Weights that may be one and the same tensor."""
 
 
 class CheckpointError(ValueError):
@@ -48,12 +68,9 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     _check_archive(path)
+    _check_names(path)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Of files that are no pickles at all, the unpickler says nothing that helps.
-        reason = f" ({first_line(error)})" if str(error) else ""
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely{reason}") from error
     # Of damaged files, the unpickler raises whatever it stumbles over, such as KeyError(105).
     except Exception as error:
         raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely; is it whole?") from error
@@ -83,6 +100,61 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path}: what is inside claims to be larger than the file; damaged, or made to harm")
 
 
+def _check_names(path: Path) -> None:
+    """Refuse pickles that name anything but the parts of tensors, before they are loaded."""
+    try:
+        for asked in _asked(path):
+            if not SAFE_NAMES.fullmatch(asked):
+                dotted = asked.replace(" ", ".")
+                raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely: it asks for {dotted:.80}")
+    except CheckpointError:
+        raise
+    # As above: of damaged files it raises whatever it stumbles over.
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely; is it whole?") from error
+
+
+def _asked(path: Path) -> Iterator[str]:
+    """What the pickles of a file name, as ``module name``."""
+    entries = [entry for entry in _entries(path) if entry.filename.endswith(".pkl")]
+    if not entries:
+        with open(path, "rb") as stream:
+            for _ in range(PICKLES):
+                yield from _named(stream)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            yield from _named(io.BytesIO(archive.read(entry)))
+
+
+def _named(stream: IO[bytes]) -> Iterator[str]:
+    """What one pickle names."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in NAMING:
+            yield str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
+
+
+def check_weights(weights: Mapping[Any, Any], where: str) -> None:
+    """Refuse what is not a plain tensor under a name, and tensors that show the same few numbers many times over.
+
+    Copies of the latter would need any amount of memory.
+    """
+    shared: dict[int, int] = {}
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{where}: a key of the type {type(key).__name__} is not the name of a weight")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: {key:.80} is of the type {type(value).__name__}, expected a tensor")
+        if value.is_meta:
+            raise CheckpointError(f"{where}: {key:.80} has no numbers (meta)")
+        storage, size = value.untyped_storage(), value.numel() * value.element_size()
+        shared[storage.data_ptr()] = shared.get(storage.data_ptr(), 0) + size
+        if size > storage.nbytes() or shared[storage.data_ptr()] > MAX_SHARED * storage.nbytes():
+            raise CheckpointError(
+                f"{where}: {key:.80} has the shape {tuple(value.shape)}, but the file holds fewer numbers for it"
+            )
+
+
 def _check_held(content: Any, path: Path) -> None:
     """Refuse tensors that have more memory than the file can have filled, as files of old versions of torch can ask."""
     storages: dict[int, int] = {}
@@ -93,8 +165,6 @@ def _check_held(content: Any, path: Path) -> None:
         if id(value) in seen:
             continue
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_quantized:
-                raise CheckpointError(f"{path}: holds a tensor that is not a plain one ({value.layout}, {value.dtype})")
             if not value.is_meta:
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, Mapping):

@@ -41,6 +41,44 @@ def test_mistakes_are_named(node, message):
             build_module(node, MODEL_NAMESPACES, "outputs.x")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aimnet2mult.models.base.copy_model",
+        "aimnet2mult.models.base.save_checkpoint",
+        "aimnet2mult.models.base.Path",
+        "aimnet2mult.modules.resolve",
+        "aimnet2mult.modules.Mapping",
+        "torch.nn.init.zeros_",
+        "torch.nn.Parameter",
+        "torch.nn.utils.parametrizations.weight_norm",
+        "torch.nn.functional.relu",
+    ],
+)
+def test_model_files_name_modules_only(tmp_path, name):
+    """Functions and other classes may read and write files: they are not called, whatever their arguments."""
+    target = tmp_path / "written.pt"
+    node = {"class": name, "args": [str(target), str(target)]}
+    with pytest.raises(ConfigError, match=rf"outputs\.x\.class: {name} is not a module of a network"):
+        build_module(node, MODEL_NAMESPACES, "outputs.x")
+    assert not target.exists()
+
+
+def test_other_files_may_name_functions():
+    assert build_module({"class": "fractions.Fraction", "args": [1, 2]}, None) == 0.5
+    assert build_module({"class": "math.sqrt", "args": [4.0]}, None) == 2.0
+    with pytest.raises(ConfigError, match=r"math\.pi is not a class or function"):
+        build_module({"class": "math.pi"}, None)
+
+
+def test_modules_are_not_reached_through_others():
+    for name in ("aimnet2mult.models.base.torch.hub.load", "aimnet2mult.modules.nn.Linear", "torch.nn.modules.x.y"):
+        with pytest.raises(ConfigError, match="there is no module"):
+            build_module({"class": name}, MODEL_NAMESPACES)
+    with pytest.raises(ConfigError, match="may only name classes from"):
+        build_module({"class": "torch.nnx.Linear"}, MODEL_NAMESPACES)
+
+
 def test_model_from_its_file_alone():
     from aimnet2mult.models.base import DEFAULT_MODEL
 
