@@ -81,6 +81,10 @@ INPUT_KEYS = ("coord", "numbers", "charge", "mult", "mol_idx", "cell", "nbmat", 
 RESULT_KEYS = ("energy", "forces", "charges", "spin_charges", "dipole", "quadrupole", "stress", "hessian")
 """Keys that a deployed model may return."""
 
+LAYOUT_KEYS = ("coord", "nbmat", "cell")
+"""Keys of the caller's that a compiled file hands back beside its results (the last two if they were given): by them,
+calculators of the AIMNet2 ecosystem tell the layout."""
+
 
 # --------------------------------------------------------------------------------------------------
 # fidelity encoding

@@ -79,6 +79,7 @@ class CombinedModel(nn.Module):
         self.cutoff_lr_periodic = max(model.cutoff_lr_periodic for model in models)
         self.compute_stress, self.compute_hessian = models[0].compute_stress, models[0].compute_hessian
         self.check_spin, self.dense_limit = models[0].check_spin, models[0].dense_limit
+        self.layout_keys = list(nbops.LAYOUT_KEYS)
         self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind in ("atom", "pair")]
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,6 +204,8 @@ class CombinedModel(nn.Module):
                 atoms = self.atoms_of(data, fidelity == f)
             out = self.evaluate(self.part(data, molecules, atoms), f)
             for key, value in out.items():
+                if key in self.layout_keys:
+                    continue
                 n_rows, places = n_mol, molecules
                 if flat and key in self.atom_keys:
                     n_rows, places = n_atoms, atoms
@@ -210,6 +213,10 @@ class CombinedModel(nn.Module):
                     shape = [n_rows] + list(value.shape[1:])
                     whole[key] = torch.zeros(shape, dtype=value.dtype, device=value.device)
                 whole[key] = whole[key].index_copy(0, places, value)
+        if torch.jit.is_scripting():
+            for key in self.layout_keys:
+                if key in data:
+                    whole[key] = data[key]
         return whole
 
     def atoms_of(self, data: dict[str, Tensor], chosen: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class DeployableModel(nn.Module):
         self.atom_keys = [name for name, key in nbops.BATCH_KEYS.items() if key.kind == "atom" and name != "hessian"]
         self.symbols = list(ELEMENT_SYMBOLS)
         self.input_keys = list(nbops.INPUT_KEYS)
+        self.layout_keys = list(nbops.LAYOUT_KEYS)
         self.result_keys = [key for key in nbops.RESULT_KEYS if key not in ("stress", "hessian")]
         allowed = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
         allowed[[0, *self.species]] = True
@@ -110,7 +111,8 @@ class DeployableModel(nn.Module):
             ``energy`` (B,) float64, eV, total; ``forces``, eV/Å; ``charges`` (``spin_charges``), e; ``stress``
             (B, 3, 3), or (3, 3) of one system whose cell is so given, eV/Å³; ``hessian`` (B, N, 3, N, 3), or
             (A, 3, A, 3) of one molecule in flat layout, eV/Å². Results are detached unless ``coord`` (or ``cell``)
-            requires grad and grad mode is on; then the graph is kept.
+            requires grad and grad mode is on; then the graph is kept. Compiled, also the caller's own
+            `aimnet2mult.nbops.LAYOUT_KEYS`.
 
         Raises
         ------
@@ -126,7 +128,7 @@ class DeployableModel(nn.Module):
                 # Tensors made under inference mode cannot be differentiated by, their copies can.
                 inputs[key] = data[key].clone() if data[key].is_inference() else data[key]
         if data["numbers"].numel() == 0:
-            return self.nothing(inputs)
+            return self.with_layout(self.nothing(inputs), data)
         grad_mode = torch.is_grad_enabled()
         keep_graph = grad_mode and (data["coord"].requires_grad or ("cell" in data and data["cell"].requires_grad))
         batch = nbops.internal_layout(inputs, self.dense_limit)
@@ -152,6 +154,14 @@ class DeployableModel(nn.Module):
                 if not nbops.is_flat(inputs):
                     value = value.unsqueeze(0)
             out[key] = value if keep_graph else value.detach()
+        return self.with_layout(out, data)
+
+    def with_layout(self, out: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the caller's own `nbops.LAYOUT_KEYS` to results, if this is a compiled file."""
+        if torch.jit.is_scripting():
+            for key in self.layout_keys:
+                if key in data:
+                    out[key] = data[key]
         return out
 
     def evaluate(self, batch: dict[str, Tensor], keep_graph: bool, own_neighbors: bool) -> dict[str, Tensor]:

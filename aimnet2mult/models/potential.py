@@ -91,7 +91,8 @@ class Potential:
         if self.description.get("supports_charged_systems") is False and bool(data.get("charge", torch.zeros(1)).any()):
             raise ValueError("this model was trained on neutral systems only: charge must be 0")
         with _errors_of_one_line():
-            return self.module(data)
+            out = self.module(data)
+        return {key: value for key, value in out.items() if key not in nbops.LAYOUT_KEYS}
 
     def set_coulomb_method(
         self, method: str, cutoff: float = 0.0, dsf_alpha: float = 0.2, ewald_accuracy: float = 1e-8

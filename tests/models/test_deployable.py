@@ -78,7 +78,13 @@ def with_lists(data, cutoff, cutoff_lr):
     return out
 
 
+def results_of(out):
+    """What a scripted model returns, without what it hands back."""
+    return {key: value for key, value in out.items() if key not in nbops.LAYOUT_KEYS}
+
+
 def assert_same(found, expected, atol=1e-10):
+    found, expected = results_of(found), results_of(expected)
     assert found.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(
@@ -456,7 +462,7 @@ def nodes(graph):
 def test_nothing_single_atoms_and_no_neighbours(model, limit):
     model.dense_limit = limit
     empty = model({"coord": torch.zeros(0, 7, 3), "numbers": torch.zeros(0, 7, dtype=torch.long)})
-    assert {key: list(value.shape) for key, value in empty.items()} == {
+    assert {key: list(value.shape) for key, value in results_of(empty).items()} == {
         "energy": [0],
         "forces": [0, 7, 3],
         "charges": [0, 7],
@@ -503,11 +509,24 @@ def test_nothing_internal_leaks_and_nothing_of_the_caller_changes(model):
     model.set_coulomb_method("ewald")
     model.compute_stress = model.compute_hessian = True
     out = model(data)
-    assert sorted(out) == ["charges", "energy", "forces", "hessian", "spin_charges", "stress"]
+    assert sorted(results_of(out)) == ["charges", "energy", "forces", "hessian", "spin_charges", "stress"]
     assert not any(value.requires_grad for value in out.values())
     assert data.keys() == before.keys()
     assert all(torch.equal(data[key], before[key]) for key in before)
     assert all(key in nbops.BATCH_KEYS for key in out)
+
+
+def test_a_scripted_model_hands_back_what_tells_the_layout(model, molecules, to_flat):
+    """As calculators of the AIMNet2 ecosystem expect of TorchScript files; in Python, `Potential` leaves it out."""
+    dense, lists, periodic = molecules(), with_lists(to_flat(molecules()), 5.0, 100.0), crystal()
+    nothing = {"coord": torch.zeros(0, 3), "numbers": torch.zeros(0, dtype=torch.long)}
+    model.set_coulomb_method("dsf")
+    for data, keys in ((dense, {"coord"}), (lists, {"coord", "nbmat"}), (periodic, {"coord", "cell"})):
+        out = model(data)
+        assert out.keys() - results_of(out).keys() == keys
+        assert all(torch.equal(out[key], data[key]) for key in keys)
+        assert not Potential(model, {})(data).keys() & set(nbops.LAYOUT_KEYS)
+    assert "coord" in model(nothing)
 
 
 def test_long_range_terms_of_a_large_system_hold_no_square_array(model):

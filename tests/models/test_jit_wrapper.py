@@ -37,7 +37,7 @@ def expected_energy(reference, molecules):
 
 def test_total_energy_is_network_and_sae_and_dispersion(raw, molecules, reference, expected_energy):
     out = raw(molecules(torch.float32))
-    assert sorted(out) == ["charges", "energy", "forces", "spin_charges"]
+    assert sorted(out) == ["charges", "coord", "energy", "forces", "spin_charges"]
     assert out["energy"].dtype == torch.float64
     torch.testing.assert_close(out["energy"], expected_energy, atol=2e-5, rtol=0)
     np.testing.assert_allclose(out["charges"], reference("ref_mixed")["charges_fid1_f64"], rtol=0, atol=1e-5)
