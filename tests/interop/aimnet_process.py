@@ -26,8 +26,8 @@ def evaluate(task):
     """Evaluate systems one by one with the calculator of the package.
 
     ``model``: file. ``systems``, ``results``: names of .npz files with arrays ``<number>.<key>``. ``coulomb``,
-    ``dftd3``: arguments of set_lrcoulomb_method and set_dftd3_cutoff, or null. ``stress``. ``also``: results beside the
-    usual ones. ``attributes``: of the calculator, to be set first.
+    ``dftd3``: arguments of set_lrcoulomb_method and set_dftd3_cutoff, or null. ``stress``, ``hessian``: whether to
+    compute them. ``also``: results beside the usual ones. ``attributes``: of the calculator, to be set first.
     """
     calculator = AIMNet2Calculator(task["model"])
     for name, value in task["attributes"].items():
@@ -43,7 +43,7 @@ def evaluate(task):
             number, name = key.split(".")
             systems.setdefault(number, {})[name] = content[key]
     for number, system in systems.items():
-        found = calculator(system, forces=True, stress=task["stress"])
+        found = calculator(system, forces=True, stress=task["stress"], hessian=task["hessian"])
         for key, value in found.items():
             results[f"{number}.{key}"] = value.detach().numpy()
     np.savez(task["results"], **results)

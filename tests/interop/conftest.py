@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+
+from aimnet2mult.models.base import load_checkpoint
+from aimnet2mult.models.interchange import PUBLISHED_ROWS
 
 TOLERANCES = {"energy": 1e-5, "forces": 1e-4, "charges": 1e-5, "spin_charges": 1e-5, "stress": 1e-6}
 """Largest differences between the two packages: eV, eV/Å, e, eV/Å³."""
@@ -59,7 +63,7 @@ class AimnetProcess:
         """Run a command of the package, ``module:name``."""
         self.ask(task="call", function=function, arguments=[str(a) for a in arguments])
 
-    def evaluate(self, model, systems, coulomb=None, dftd3=None, stress=False, also=(), attributes=None):
+    def evaluate(self, model, systems, coulomb=None, dftd3=None, stress=False, hessian=False, also=(), attributes=None):
         """Results of its calculator for a list of systems."""
         number = next(self.numbers)
         given, found = self.folder / f"systems{number}.npz", self.folder / f"results{number}.npz"
@@ -72,6 +76,7 @@ class AimnetProcess:
             coulomb=coulomb,
             dftd3=dftd3,
             stress=stress,
+            hessian=hessian,
             also=list(also),
             attributes=attributes or {},
         )
@@ -110,6 +115,21 @@ def published(tmp_path_factory):
 def legacy_program(tmp_path_factory):
     """The version that wrote TorchScript files."""
     yield from _process("AIMNET_LEGACY_PYTHON", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def two_channels(fixtures_dir):
+    """Configuration and weights of the fixture that resolves spin, as the package takes them.
+
+    Its names, its number of elements, and the range of the Coulomb energy, which it asks for.
+    """
+    text = (fixtures_dir / "ref_single_model.yaml").read_text()
+    config = yaml.safe_load(text.replace("aimnet2mult.models.aimnet2.", "aimnet.models.").replace("2mult.", "."))
+    config["kwargs"]["outputs"]["lrcoulomb"]["kwargs"]["rc"] = 4.6
+    weights = load_checkpoint(fixtures_dir / "ref_single.pt")["model"]
+    for key in ("afv.weight", "outputs.atomic_shift.shifts.weight"):
+        weights[key] = weights[key][:PUBLISHED_ROWS]
+    return config, weights
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import yaml
 
 from aimnet2mult.calculators import AIMNet2Calculator
 from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config
-from aimnet2mult.models.interchange import PUBLISHED_ROWS
 from aimnet2mult.models.loading import load_potential
 
 pytestmark = pytest.mark.interop
@@ -19,18 +18,8 @@ MULTIPOLES = {"dipole": 1e-4, "quadrupole": 1e-3}
 """Largest differences in e·Å and e·Å², of systems of 12 Å."""
 
 
-def published_config(fixture, fixtures_dir):
-    """Configuration of a fixture under the names of the package; it wants the range of Coulomb energies."""
-    text = (fixtures_dir / f"{fixture}_model.yaml").read_text()
-    config = yaml.safe_load(
-        text.replace("aimnet2mult.models.aimnet2.AIMNet2", "aimnet.models.AIMNet2").replace("aimnet2mult.", "aimnet.")
-    )
-    config["kwargs"]["outputs"]["lrcoulomb"]["kwargs"]["rc"] = 4.6
-    return config
-
-
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, fixtures_dir, sae_file, published):
+def artifact(tmp_path_factory, fixtures_dir, sae_file, two_channels, published):
     """Files that the command of the package makes of the weights of fixtures and a configuration."""
     folder = tmp_path_factory.mktemp("published")
 
@@ -67,14 +56,12 @@ def artifact(tmp_path_factory, fixtures_dir, sae_file, published):
         if output.exists():
             return output
         if kind == "two_channels":
-            config = published_config("ref_single", fixtures_dir)
-            weights = load_checkpoint(fixtures_dir / "ref_single.pt")["model"]
-            for key in ("afv.weight", "outputs.atomic_shift.shifts.weight"):
-                weights[key] = weights[key][:PUBLISHED_ROWS]
+            config, weights = two_channels
         else:
             config = yaml.safe_load((fixtures_dir / "peer_v2_lr_source_model.yaml").read_text())
             weights = load_checkpoint(fixtures_dir / "peer_v2_lr.pt")["model"]
             weights["afv.weight"] = weights["afv.weight"].nan_to_num()
+        config, weights = copy.deepcopy(config), dict(weights)
         change(kind, config)
         files = {name: folder / f"{kind}.{name}" for name in ("yaml", "weights")}
         files["yaml"].write_text(yaml.safe_dump(config, sort_keys=False))
@@ -82,7 +69,7 @@ def artifact(tmp_path_factory, fixtures_dir, sae_file, published):
         if kind == "d3ts":
             # New weights for the new readout.
             torch.manual_seed(4)
-            own = copy.deepcopy(load_model_config(files["yaml"]))
+            own = load_model_config(files["yaml"])
             own["kwargs"]["num_types"] = len(weights["afv.weight"])
             extra = build_model(own).state_dict()
             weights |= {key: value for key, value in extra.items() if key.startswith("outputs.disp_mlp.")}
@@ -121,7 +108,7 @@ def test_molecules(kind, coulomb, published, artifact, systems, evaluated, agree
     agree(results, found, also, MULTIPOLES)
     if kind == "two_channels":
         agree(results, found, ["spin_charges"])
-        triplet = [i for i, system in enumerate(systems) if system["mult"] == 3.0][0]
+        triplet = next(i for i, system in enumerate(systems) if system["mult"] == 3.0)
         assert np.isclose(results[triplet]["spin_charges"].sum(), 2.0, atol=1e-4)
 
 
