@@ -1,4 +1,4 @@
-"""What a model file is: ``python -m aimnet2mult.tools.info model_fid0.jpt``, or a checkpoint (``.pt``).
+"""What a model file is: ``python -m aimnet2mult.tools.info model_fid0.jpt``, a checkpoint or an artifact (``.pt``).
 
 Of compiled models it reads the metadata and runs nothing, so it needs no PyTorch and is safe with files that are not
 trusted.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Line = tuple[str, str]
 """Heading and text."""
 
+ARTIFACT = "format-2 artifact"
+
 WIDTH = 110
 """Columns of the text."""
 
@@ -36,14 +38,14 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
-    """Return what a compiled model or a checkpoint says about itself.
+    """Return what a compiled model, a checkpoint or a format-2 artifact says about itself.
 
     Returns
     -------
     dict
-        ``kind``: ``compiled model`` or ``checkpoint``; ``file``, ``bytes``, ``sha256``; ``golden_cases``, their number;
-        ``metadata``: of a compiled model as it is in the file, of a checkpoint all but weights and state of the
-        training.
+        ``kind``: ``compiled model``, ``checkpoint`` or ``format-2 artifact``; ``file``, ``bytes``, ``sha256``;
+        ``golden_cases``, their number; ``metadata``: of a compiled model as it is in the file, of a checkpoint all but
+        weights and state of the training, of an artifact `aimnet2mult.models.artifact.ModelMetadata`.
 
     Raises
     ------
@@ -53,15 +55,20 @@ def read_info(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     golden = 0
     if is_checkpoint(path):
-        kind, metadata = "checkpoint", _checkpoint_metadata(path)
+        from aimnet2mult.models.artifact import is_artifact
+        from aimnet2mult.models.safe_file import load_tensors
+
+        content = load_tensors(path)
+        kind = ARTIFACT if is_artifact(content) else "checkpoint"
+        metadata = _artifact_metadata(content, path) if kind == ARTIFACT else _checkpoint_metadata(content, path)
     else:
         from aimnet2mult.models.compiled_file import read_compiled_file
 
-        content = read_compiled_file(path)
-        kind, metadata = "compiled model", content.metadata
+        compiled = read_compiled_file(path)
+        kind, metadata = "compiled model", compiled.metadata
         if not metadata:
             raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit: it holds no metadata")
-        golden = len(content.golden["cases"]) if content.golden is not None else 0
+        golden = len(compiled.golden["cases"]) if compiled.golden is not None else 0
     return {
         "kind": kind,
         "file": path.name,
@@ -72,11 +79,18 @@ def read_info(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint_metadata(path: Path) -> dict[str, Any]:
-    from aimnet2mult.constants import FIDELITY_OFFSET
-    from aimnet2mult.models.base import layout_of_weights, load_checkpoint
+def _artifact_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    from aimnet2mult.models.base import read_artifact
 
-    checkpoint = load_checkpoint(path)
+    artifact, _ = read_artifact(content, path)
+    return {**artifact.metadata, "parameters": sum(tensor.numel() for tensor in artifact.weights.values())}
+
+
+def _checkpoint_metadata(content: Any, path: Path) -> dict[str, Any]:
+    from aimnet2mult.constants import FIDELITY_OFFSET
+    from aimnet2mult.models.base import checkpoint_content, layout_of_weights
+
+    checkpoint = checkpoint_content(content, path)
     layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
     kept = {key: value for key, value in checkpoint.items() if key not in ("model", "training")}
     described = {
@@ -98,7 +112,10 @@ def describe(info: Mapping[str, Any]) -> list[str]:
     metadata = info["metadata"]
     version = f", format {metadata['format_version']}" if "format_version" in metadata else ""
     title = f"{info['file']}: {info['kind']}{version}, {info['bytes'] / 1e6:.2f} MB"
-    lines = _checkpoint_lines(metadata) if info["kind"] == "checkpoint" else _compiled_lines(metadata, info)
+    if info["kind"] == ARTIFACT:
+        lines = _artifact_lines(metadata)
+    else:
+        lines = _checkpoint_lines(metadata) if info["kind"] == "checkpoint" else _compiled_lines(metadata, info)
     lines.append(("sha256", info["sha256"]))
     width = max(len(heading) for heading, _ in lines) + 2
     text = [title]
@@ -229,6 +246,29 @@ def _versions(versions: Mapping[str, str] | None) -> str:
     return ", ".join(f"{name} {version}" for name, version in (versions or {}).items()) or "not stated"
 
 
+def _artifact_lines(metadata: Mapping[str, Any]) -> list[Line]:
+    from aimnet2mult.utils.text import element_ranges
+
+    words = {"sr_embedded": "minus its short range inside", "full_embedded": "inside", "none": "not inside"}
+    coulomb = words[metadata["coulomb_mode"]]
+    if metadata["coulomb_mode"] == "sr_embedded":
+        coulomb += f" ({metadata['coulomb_sr_rc']:g} Å, {metadata['coulomb_sr_envelope']})"
+    coulomb += ", to be added" if metadata["needs_coulomb"] else ", none is to be added"
+    d3 = ", ".join(f"{key} {value:g}" for key, value in (metadata["d3_params"] or {}).items())
+    inside = "learned, inside" if metadata["has_embedded_d3ts"] else "none is to be added"
+    channels = "open shells, with spin charges" if metadata["num_charge_channels"] == 2 else "closed shells"
+    lines: list[Line] = [("parameters", f"{metadata['parameters']:,}")]
+    if metadata["level_of_theory"]:
+        lines.append(("level of theory", metadata["level_of_theory"]))
+    lines.append(("elements", element_ranges(metadata["implemented_species"])))
+    lines.append(("electrons", channels))
+    lines.append(("range", f"network {metadata['cutoff']:g} Å"))
+    lines.append(("Coulomb", coulomb))
+    lines.append(("dispersion", f"D3(BJ) to be added ({d3})" if metadata["needs_dispersion"] else inside))
+    lines.append(("atomic energies", "inside"))
+    return lines
+
+
 def _checkpoint_lines(metadata: Mapping[str, Any]) -> list[Line]:
     from aimnet2mult.utils.text import element_ranges
 
@@ -276,7 +316,7 @@ def for_json(value: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print everything that the file says, as JSON.")
 @user_errors
 def main(model: str, as_json: bool) -> None:
-    """Print what a compiled MODEL (.jpt) or a checkpoint (.pt) is: fidelity, elements, energy terms, origin."""
+    """Print what a MODEL is, compiled (.jpt), checkpoint or artifact (.pt): fidelity, elements, energies, origin."""
     info = read_info(model)
     if as_json:
         click.echo(json.dumps(for_json(info), indent=1, ensure_ascii=False, default=repr))
