@@ -74,8 +74,8 @@ def artifact(tmp_path_factory, fixtures_dir, sae_file, two_channels, published):
             extra = build_model(own).state_dict()
             weights |= {key: value for key, value in extra.items() if key.startswith("outputs.disp_mlp.")}
             torch.save(weights, files["weights"])
-        command = "aimnet.train.export_model:export_model"
-        published.call(command, files["weights"], output, "--model", files["yaml"], "--sae", sae_file)
+        arguments = ["export", files["weights"], output, "--model", files["yaml"], "--sae", sae_file]
+        published.call("aimnet.cli:cli", *arguments)
         return output
 
     return write
