@@ -88,8 +88,9 @@ def own_names(config: Any) -> Any:
     named = {}
     for key, node in kwargs["outputs"].items():
         place, _, name = str(node.get("class") if isinstance(node, dict) else "").rpartition(".")
-        if place in READOUT_PLACES[:-1] and name in READOUTS:
-            own = dict(node.get("kwargs") or {})
+        given = (node.get("kwargs") or {}) if isinstance(node, dict) else None
+        if place in READOUT_PLACES[:-1] and name in READOUTS and isinstance(given, dict):
+            own = dict(given)
             own.pop("requires_grad", None)
             if isinstance(own.get("mlp"), dict):
                 own["mlp"] = {k: v for k, v in own["mlp"].items() if k != "weight_init_fn"}

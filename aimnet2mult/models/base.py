@@ -330,7 +330,7 @@ def checkpoint_content(content: Any, path: Path) -> dict[str, Any]:
     else:
         raise CheckpointError(f"{path}: holds no weights: expected a state dict, or one under the key model")
     if "model_config" in checkpoint:
-        checkpoint["model_config"] = without_files(checkpoint["model_config"])
+        checkpoint["model_config"] = without_files(own_names(checkpoint["model_config"]))
     try:
         check_entries(checkpoint, CHECKPOINT_VERSION)
     except CheckpointError as error:
@@ -414,6 +414,19 @@ def read_artifact(
     return artifact, model_of_artifact(artifact, path, trusted)
 
 
+def _build_described(
+    config: Mapping[str, Any], layout: "Layout | None" = None, trusted: Collection[str] = ()
+) -> AIMNet2:
+    """Build the model that a file describes, as `build_model` from a configuration of the user's."""
+    try:
+        if layout is None:
+            return build_model(config, trusted=trusted)
+        return build_model(config, layout.num_fidelities, layout.offset, layout.heads)
+    # Arguments that are of the wrong type, or out of range, come to light in the constructors.
+    except (ConfigError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the model cannot be built: {first_line(error)}") from error
+
+
 def model_of_artifact(artifact: Artifact, path: str | Path = "the file", trusted: Collection[str] = ()) -> AIMNet2:
     """Build the network of an artifact, E(network) - E(short range) + self-atomic energies; its shifts are float64.
 
@@ -425,12 +438,12 @@ def model_of_artifact(artifact: Artifact, path: str | Path = "the file", trusted
     config = copy.deepcopy(artifact.config)
     config["kwargs"]["num_types"] = artifact.weights["afv.weight"].shape[0]
     try:
-        model = build_model(config, trusted=trusted)
-    # Arguments that are of the wrong type, or out of range, come to light in the constructors.
-    except (ConfigError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: the model cannot be built: {first_line(error)}") from error
+        model = _build_described(config, trusted=trusted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    own = model.state_dict()
     for key in artifact.weights:
-        if key.endswith(".shifts.weight"):
+        if key.endswith(".shifts.weight") and key in own:
             model.get_submodule(key.rpartition(".")[0]).double()
     try:
         load_weights(model, artifact.weights)
@@ -450,7 +463,7 @@ def _model_of_checkpoint(
         )
     layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
     if fidelity is None and layout.num_fidelities > 1:
-        model = build_model(config, layout.num_fidelities, layout.offset, layout.heads)
+        model = _build_described(config, layout)
         load_weights(model, checkpoint["model"])
         chosen = list(range(layout.num_fidelities))
     else:
@@ -520,7 +533,7 @@ def single_fidelity_model(
     rows = next(value.shape[0] for key, value in weights.items() if is_type_table(key))
     config = copy.deepcopy(dict(config))
     config["kwargs"]["num_types"] = rows
-    model = build_model(config, trusted=trusted)
+    model = _build_described(config, trusted=trusted)
     load_weights(model, weights)
     return model
 

@@ -315,6 +315,10 @@ CASES = {
         r"1 left over \(outputs.other.weight\)",
     ),
     "weight of another shape": (_weight("mlps.0.0.weight", lambda w: w.T.clone()), "of another shape .mlps.0.0.weight"),
+    "shifts of no readout": (
+        _weight("outputs.atomic_shifd.shifts.weight", torch.zeros(64, 1)),
+        r"1 left over \(outputs.atomic_shifd.shifts.weight\)",
+    ),
     "embedding a vector": (_weight("afv.weight", torch.zeros(64)), "is missing or not a matrix"),
     "embedding of one row": (_weight("afv.weight", lambda w: w[:1].clone()), "afv.weight has 1 rows"),
     "embedding of 10^4 rows": (_weight("afv.weight", torch.zeros(10_000, 96)), "afv.weight has 10000 rows"),

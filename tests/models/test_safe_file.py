@@ -300,6 +300,15 @@ HOSTILE = {
     "size of text": (_size(nfeature="8"), "nfeature must be a positive whole number"),
     "size beyond": (_size(aim_size=10**12), "larger than any size of a model"),
     "path": (_size(num_types="/etc/passwd"), "looks like the name of a file"),
+    "arguments a number": (
+        _model_config(
+            lambda config: (
+                config.update({"class": "aimnet.models.AIMNet2"}),
+                config["kwargs"]["outputs"].update(x={"class": "aimnet.modules.AtomicSum", "kwargs": 3}),
+            )
+        ),
+        "outputs.x: kwargs must be a mapping, found int",
+    ),
     "configuration a list": (_entry("model_config", [1]), "model_config: expected a mapping with the key class"),
     "configuration text": (
         _entry("model_config", "aimnet2mult"),
@@ -366,6 +375,21 @@ def test_checkpoint_without_a_change_is_taken(tmp_path, checkpoint):
     torch.save(checkpoint, path)
     for load in LOADERS:
         load(path)
+    content = dict(checkpoint)
+    _model_config(lambda config: config.update({"class": "aimnet.models.AIMNet2"}))(content)
+    torch.save(content, path)
+    for load in LOADERS:
+        load(path)
+
+
+def test_checkpoint_that_cannot_be_built(tmp_path, checkpoint):
+    path = tmp_path / "model.pt"
+    content = dict(checkpoint)
+    _size(aev={"rc_s": "five", "nshifts_s": 12})(content)
+    torch.save(content, path)
+    for load in (load_model, load_potential):
+        with pytest.raises(CheckpointError, match="the model cannot be built"):
+            load(path)
 
 
 def test_table_of_a_file_comes_from_the_weights(tmp_path, monkeypatch, checkpoint):
