@@ -166,6 +166,7 @@ def artifact_of_network(
     species: Sequence[int],
     sae: Mapping[int, float] | None,
     *,
+    sae_with_shifts: bool = False,
     d3_params: Mapping[str, Any] | None = None,
     needs_coulomb: bool | None = None,
     needs_dispersion: bool | None = None,
@@ -184,6 +185,9 @@ def artifact_of_network(
         Elements that it was trained on; embedding rows of others become NaN.
     sae : mapping or None
         Self-atomic energies {Z: eV}, which go into the atomic shifts; None if they are there already.
+    sae_with_shifts : bool
+        They contain what was learned on top of self-atomic energies, as after `checkpoint_of_artifact`; then the file
+        does not tell them.
     d3_params : mapping, optional
         s6, s8, a1, a2 of a D3(BJ) energy that is to be added.
     needs_coulomb, needs_dispersion : bool, optional
@@ -233,7 +237,7 @@ def artifact_of_network(
             has_embedded_d3ts=LEARNED_DISPERSION in outputs,
             num_charge_channels=int(config["kwargs"].get("num_charge_channels", 1)),
             fidelity_names={} if fidelity_name is None else {0: fidelity_name},
-            baked_sae=None if sae is None else {z: float(sae[z]) for z in species},
+            baked_sae=None if sae is None or sae_with_shifts else {z: float(sae[z]) for z in species},
             level_of_theory=level_of_theory,
         ),
     )

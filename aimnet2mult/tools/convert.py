@@ -51,6 +51,7 @@ def convert_model(source: str | Path, config: str | Path, output: str | Path) ->
     """
     from aimnet2mult.models.artifact import find_outputs, write_artifact
     from aimnet2mult.models.base import load_model_config
+    from aimnet2mult.models.golden import table
     from aimnet2mult.models.interchange import artifact_of_network
     from aimnet2mult.models.legacy import (
         SPECIES_BUFFERS,
@@ -94,9 +95,15 @@ def convert_model(source: str | Path, config: str | Path, output: str | Path) ->
             raise ValueError(
                 f"its cutoff is {network.cutoff:g} Å, but its network reaches {artifact.metadata['cutoff']:g} Å"
             )
+        taken = artifact.weights.keys() & weights.keys()
+        logger.debug(f"{len(taken)} tensors taken, {sum(weights[key].numel() for key in taken)} numbers")
+        logger.debug(f"left out, as others add it or have it: {', '.join(sorted(weights.keys() - taken)) or 'nothing'}")
+        logger.debug(f"added: {', '.join(sorted(artifact.weights.keys() - taken)) or 'nothing'}")
         with atomic_path(output) as temporary:
             write_artifact(artifact, temporary)
-            refuse_differences(compare_with_program(temporary, source), output)
+            differences = compare_with_program(temporary, source)
+            refuse_differences(differences, output)
+        logger.debug("differences to the program\n%s", "\n".join(table(differences)))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return artifact
@@ -143,7 +150,7 @@ def compare_with_program(path: str | Path, source: str | Path) -> list[Differenc
 @click.argument("source", type=click.Path())
 @click.argument("config", type=click.Path())
 @click.argument("output", type=click.Path())
-@click.option("--verbose", "-v", is_flag=True, help="Say more about what is done.")
+@click.option("--verbose", "-v", is_flag=True, help="Say what was taken and left out, and what differs.")
 @user_errors
 def main(source: str, config: str, output: str, verbose: bool) -> None:
     """Convert the legacy TorchScript model SOURCE (.jpt), made with CONFIG (.yaml), to the format-2 file OUTPUT."""

@@ -100,6 +100,7 @@ def export_model(
         network.state_dict(),
         species,
         {z: energies[z] for z in species},
+        sae_with_shifts=bool(source.checkpoint.get("sae_with_shifts")),
         d3_params=dispersion.parameters,
         needs_coulomb=needs_coulomb,
         needs_dispersion=needs_dispersion,

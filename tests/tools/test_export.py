@@ -164,6 +164,32 @@ def test_short_range_is_inside_and_full_coulomb_outside(fixtures_dir, tmp_path, 
     torch.testing.assert_close(out["energy"] + torch.stack(full), potential(data)["energy"], rtol=0, atol=1e-6)
 
 
+def same_file(first, second):
+    """Whether two artifacts hold the same, numbers bit for bit."""
+    a, b = (torch.load(path, weights_only=True) for path in (first, second))
+    weights, others = a.pop("state_dict"), b.pop("state_dict")
+    a["model_yaml"], b["model_yaml"] = yaml.safe_load(a["model_yaml"]), yaml.safe_load(b["model_yaml"])
+    assert a == b
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        other = others[key]
+        assert value.dtype == other.dtype
+        if key.endswith(".shifts.weight"):  # rows of other elements are never read
+            value, other = value[a["implemented_species"]], other[a["implemented_species"]]
+        assert value.numpy().tobytes() == other.numpy().tobytes(), key
+
+
+def test_an_artifact_is_exported_again_as_it_was(fixtures_dir, tmp_path, sae_file):
+    # Of this package, which tells its self-atomic energies, and of the published one, which does not.
+    model = fixtures_dir / "ref_single_model.yaml"
+    export_model(fixtures_dir / "ref_single.pt", tmp_path / "ours.pt", model=model, sae=sae_file)
+    export_model(tmp_path / "ours.pt", tmp_path / "ours_again.pt")
+    same_file(tmp_path / "ours.pt", tmp_path / "ours_again.pt")
+    for name in ("peer_v2_lr.pt", "peer_v2_plain.pt"):
+        export_model(fixtures_dir / name, tmp_path / name)
+        same_file(fixtures_dir / name, tmp_path / name)
+
+
 # --- dispersion -----------------------------------------------------------------------------------
 
 
