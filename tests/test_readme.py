@@ -158,3 +158,22 @@ def test_the_example_from_beginning_to_end(tmp_path):
             with torch.no_grad():
                 energy = model(encoded)["energy"].numpy() + sae_energy(arrays["numbers"], checkpoint["sae"][f])
             np.testing.assert_allclose(compiled(data)["energy"], energy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example_of_fine_tuning(tmp_path):
+    """The script with few epochs: a model is trained, exported, and trained further with other labels."""
+    import os
+
+    from aimnet2mult.models.base import load_checkpoint
+
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"EPOCHS": "5", "PRETRAINING": "1"}  # more steps than the warm-up
+    script = str(ROOT / "examples" / "fine_tune.sh")
+    done = subprocess.run(["bash", script], check=True, env=environment, timeout=900, capture_output=True, text=True)
+    assert "one charge channel becomes two" in done.stdout + done.stderr
+    pretrained, tuned = load_checkpoint(tmp_path / "pretrained.pt"), load_checkpoint(tmp_path / "fine_tuned.pt")
+    assert pretrained["model"]["conv_q.agh"].shape[0] == 1
+    assert tuned["model"]["conv_q.agh"].shape[0] == 2
+    for name in ("fine_tuned", "scratch"):
+        assert (tmp_path / f"report_{name}" / "errors.md").is_file()
