@@ -1,4 +1,4 @@
-"""ASE calculators for files of the AIMNet2 ecosystem: the numbers of its own calculator, and methods switched at run time."""
+"""ASE calculators for files of the AIMNet2 ecosystem: the numbers of its own calculator, methods switched at run time."""
 
 import warnings
 
@@ -168,7 +168,7 @@ def test_fidelities_of_a_checkpoint_are_chosen(fixtures_dir, tmp_path, sae_file,
         fidelity_names={0: "ccsd", 1: "dft", 2: "xtb"},
         fidelity_levels={1: "B3LYP"},
         sae=dict.fromkeys(range(3), sae),
-        species=dict.fromkeys(range(3), list(sae)),
+        species={f: list(sae) for f in range(3)},
     )
     with pytest.raises(ValueError, match=r"choose one of its fidelities: 0 \(ccsd\), 1 \(dft\), 2 \(xtb\)"):
         AIMNet2Calculator(tmp_path / "mixed.pt")
