@@ -1,4 +1,4 @@
-"""ASE calculators for files of the AIMNet2 ecosystem: the numbers of its own calculator, methods switched at run time."""
+"""ASE calculators for files of the AIMNet2 ecosystem: numbers of its own calculator, methods switched at run time."""
 
 import warnings
 
