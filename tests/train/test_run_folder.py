@@ -295,7 +295,7 @@ def toy_run(folder, kill_at=None):
     place = RunFolder(folder)
     history, checkpoints = History(folder), Checkpoints(folder, "r", n_saved=2, keep_last=2)
     resume = find_resume(folder) if any(folder.glob("r_*.pt")) else None
-    weights, step = torch.arange(200_000, dtype=torch.float32), 0
+    weights, step = torch.arange(200_000, dtype=torch.float32).view(1000, 200), 0
 
     def write(path):
         state = {"step": step, "history": history.state(), "checkpoints": checkpoints.state_dict()}
