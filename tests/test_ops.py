@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from aimnet2mult import ops
@@ -53,3 +54,20 @@ def test_dsf_value_and_slope_vanish_at_the_cutoff():
     (slope,) = torch.autograd.grad(kernel.sum(), d)
     torch.testing.assert_close(kernel, torch.zeros_like(kernel), atol=1e-12, rtol=0)
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_radial_functions_make_no_denormal_numbers(dtype):
+    """Neither they, nor their derivatives, nor products of two of them: arithmetic with such numbers is slow."""
+    d = torch.linspace(0.6, 5.0, 400, dtype=dtype).requires_grad_()
+    shifts = torch.linspace(0.8, 4.7375, 16, dtype=dtype)
+    eta = torch.tensor((16 / 4.2) ** 2, dtype=dtype)
+    g = ops.gaussian_basis(d.unsqueeze(1), eta, shifts)
+    (slope,) = torch.autograd.grad(g.sum(), d, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), d)
+    smallest = torch.finfo(dtype).tiny
+    for values in (g, g * g, slope, curvature):
+        assert not ((values != 0) & (values.abs() < smallest)).any()
+    exact = torch.exp(-eta.double() * (d.double().unsqueeze(1) - shifts.double()) ** 2)
+    largest_error = (g - exact).abs().max()
+    assert largest_error < 2 * torch.finfo(dtype).eps
