@@ -261,14 +261,17 @@ class BatchPart(NamedTuple):
 
     Attributes
     ----------
-    rows
+    rows : Tensor
         (k,) int64, which molecules.
-    n_places
+    n_places : int
         Places up to the last atom of any of them; what lies beyond is padding.
+    forces : bool
+        Whether their forces are wanted.
     """
 
     rows: Tensor
     n_places: int
+    forces: bool = True
 
 
 class Forces(nn.Module):
@@ -294,7 +297,7 @@ class Forces(nn.Module):
         self,
         data: dict[str, Tensor],
         compute_forces: bool = True,
-        parts: tuple[BatchPart, BatchPart] | None = None,
+        parts: Sequence[BatchPart] | None = None,
     ) -> dict[str, Tensor]:
         """Evaluate the model; ``compute_forces=False`` leaves the forces, and their cost, out.
 
@@ -304,10 +307,11 @@ class Forces(nn.Module):
             The batch, left as it is.
         compute_forces : bool
             Add ``key_out``.
-        parts : tuple of BatchPart, optional
-            The molecules whose forces are wanted, and all the others, of a dense batch of quantities per atom and per
-            molecule. The two go through the model one after the other; the others have no graph of forces, and zeros
-            for forces. It is one call because the gradients that processes share (DDP) belong to one call.
+        parts : sequence of BatchPart, optional
+            Molecules that go through the model together, each in one part, of a dense batch of quantities per atom and
+            per molecule: those of similar size, so that there is little padding, and those without forces apart, which
+            have no graph of forces, and zeros for forces. It is one call because the gradients that processes share
+            (DDP) belong to one call.
 
         Returns
         -------
@@ -324,9 +328,8 @@ class Forces(nn.Module):
         if parts is None:
             return self._with_forces(data)
         _check_divisible(data)
-        evaluate = (self._with_forces, self._with_zeros)
-        present = [(part, run) for part, run in zip(parts, evaluate, strict=True) if len(part.rows)]
-        return _joined(data, [part for part, _ in present], [run(_part_of(data, part)) for part, run in present])
+        results = [(self._with_forces if part.forces else self._with_zeros)(_part_of(data, part)) for part in parts]
+        return _joined(data, parts, results)
 
     def _with_forces(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.enable_grad():
@@ -370,16 +373,18 @@ def _joined(
     data: dict[str, Tensor], parts: Sequence[BatchPart], results: Sequence[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The batch with the results of its parts, each molecule in its place; inverse of `_part_of`."""
-    n_molecules, n_places = data["numbers"].shape
+    n_places = data["numbers"].shape[1]
+    place = torch.cat([part.rows for part in parts]).argsort().to(data["coord"].device, non_blocking=True)
     out = dict(data)
     for key in [key for key in results[0] if key not in data]:
-        trailing = results[0][key].shape[2:] if _is_atomic(key) else results[0][key].shape[1:]
-        shape = (n_molecules, n_places, *trailing) if _is_atomic(key) else (n_molecules, *trailing)
-        full = results[0][key].new_zeros(shape)
-        for part, result in zip(parts, results, strict=True):
-            value = result[key]
-            if _is_atomic(key):
-                value = nn.functional.pad(value, (0, 0) * len(trailing) + (0, n_places - part.n_places))
-            full = full.index_copy(0, part.rows.to(value.device, non_blocking=True), value)
-        out[key] = full
+        values = [result[key] for result in results]
+        if _is_atomic(key):
+            values = [_with_places(value, n_places) for value in values]
+        out[key] = torch.cat(values).index_select(0, place)
     return out
+
+
+def _with_places(value: Tensor, n_places: int) -> Tensor:
+    """A quantity per atom (B, N, ...) with further places of zeros."""
+    trailing = value.dim() - 2
+    return nn.functional.pad(value, (0, 0) * trailing + (0, n_places - value.shape[1]))

@@ -351,7 +351,7 @@ def test_one_compiled_graph_serves_all_batches(mixed_batch):
 
     assert_same(eager, compiled, x, compute_forces=False)
     assert_same(eager, compiled, chosen(x, f == 1), compute_forces=False)
-    parts = BatchPart(torch.tensor([0, 2, 4]), 13), BatchPart(torch.tensor([1, 3, *range(5, 13)]), 13)
+    parts = BatchPart(torch.tensor([0, 2, 4]), 13), BatchPart(torch.tensor([1, 3, *range(5, 13)]), 13, False)
     assert_same(eager, compiled, x, parts=parts)
     assert backend.n == 2
 

@@ -23,7 +23,7 @@ from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_model_config
 from aimnet2mult.modules import Forces
 from aimnet2mult.train import engine
-from aimnet2mult.train.engine import force_parts, make_evaluator, make_step, predict
+from aimnet2mult.train.engine import batch_parts, make_evaluator, make_step, predict, size_groups
 from aimnet2mult.train.loss import MTAdaWLoss, MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 
@@ -468,27 +468,78 @@ def test_predictions_come_back_in_the_order_of_the_batch(network, samples):
         assert torch.equal(divided[key], x[key])
 
 
+ONE_GROUP = 1e9
+"""Part cost with which molecules of different size stay together."""
+
+
 def test_few_atoms_without_label_stay_with_the_others(samples):
     x, y = make_batch(samples, masks_of((True, True, True, False, True)))  # 4 atoms have none
-    assert force_parts(x, y, min_atoms=5) is None
-    with_forces, without = force_parts(x, y, min_atoms=4)
-    assert (with_forces.rows.tolist(), with_forces.n_places) == ([0, 1, 2, 4], 9)
-    assert (without.rows.tolist(), without.n_places) == ([3], 4)
-    assert force_parts(*make_batch(samples, masks_of())) is None
+    assert batch_parts(x, y, 5, ONE_GROUP) is None
+    with_forces, without = batch_parts(x, y, 4, ONE_GROUP)
+    assert (with_forces.rows.tolist(), with_forces.n_places, with_forces.forces) == ([0, 1, 2, 4], 9, True)
+    assert (without.rows.tolist(), without.n_places, without.forces) == ([3], 4, False)
+    assert batch_parts(*make_batch(samples, masks_of()), 1, ONE_GROUP) is None
     # No label at all is no force graph, however small the batch.
     x, y = make_batch(samples[3:4], masks_of((False,) * N_MOLECULES)[:1])
-    with_forces, without = force_parts(x, y, min_atoms=1000)
-    assert len(with_forces.rows) == 0
-    assert without.rows.tolist() == [0]
+    (without,) = batch_parts(x, y, 1000, ONE_GROUP)
+    assert (without.rows.tolist(), without.forces) == ([0], False)
 
 
 def test_parts_need_a_batch_that_can_be_divided(network, samples, to_flat):
     x, y = make_batch(samples, masks_of((True, False, True, False, True)))
-    parts = force_parts(x, y)
+    parts = batch_parts(x, y, 1, ONE_GROUP)
     with pytest.raises(ValueError, match=r"parts: coord must have shape \(B, N, 3\)"):
         network(to_flat(x), parts=parts)
     with pytest.raises(ValueError, match="parts: a batch with cell cannot be divided"):
         network({**x, "cell": torch.eye(3)}, parts=parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# molecules of similar size together
+# --------------------------------------------------------------------------------------------------
+
+
+def cost(groups, n_atoms, part_cost):
+    return sum(part_cost + len(group) * float(n_atoms[group].max()) ** 2 for group in groups)
+
+
+@pytest.mark.parametrize("part_cost", [0.0, 10.0, 300.0, 1e9])
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_by_size_are_the_cheapest(part_cost, seed):
+    n_atoms = np.random.default_rng(seed).integers(2, 9, size=7)
+    groups = size_groups(n_atoms, part_cost)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(7))
+    # All ways to cut the sorted molecules.
+    order = np.argsort(n_atoms, kind="stable")
+    cheapest = min(
+        cost(np.split(order, [i + 1 for i in range(6) if cuts >> i & 1]), n_atoms, part_cost) for cuts in range(2**6)
+    )
+    assert cost(groups, n_atoms, part_cost) == pytest.approx(cheapest)
+    assert len(size_groups(n_atoms, 1e9)) == 1
+    assert size_groups(n_atoms[:0], part_cost) == []
+
+
+@pytest.mark.parametrize("forces", [(True,) * N_MOLECULES, (True, False, True, False, False), (False,) * N_MOLECULES])
+def test_a_step_in_groups_by_size_is_that_of_the_whole_batch(network, samples, forces):
+    batch = make_batch(samples, masks_of(forces), garbage=True)
+    with mock.patch.dict(engine.PART_COST, cpu=ONE_GROUP):
+        whole = step(network, batch)
+    with mock.patch.dict(engine.PART_COST, cpu=0.0), Watch(network) as watch:
+        groups = step(network, batch)
+    # Molecules of 3, 8, 9, 4, 5 atoms, each in an evaluation of its own, without padding.
+    assert sorted(places for _, places, _ in watch.evaluated) == [3, 4, 5, 8, 9]
+    assert_same(groups, whole)
+
+
+def test_an_uneven_batch_costs_pairs_of_its_own_molecules_only(network, samples):
+    """Pairs of places that the basis is computed for: a count of operations instead of a time."""
+    x, y = make_batch(samples, masks_of())
+    with mock.patch.dict(engine.PART_COST, cpu=5.0), Watch(network) as watch:
+        predict(network, (x, y), True, "cpu")
+    pairs = sum(len(fidelities) * places**2 for fidelities, places, _ in watch.evaluated)
+    sizes = (x["numbers"] > 0).sum(1)
+    assert pairs <= int(sizes.square().sum()) + 5 * len(sizes)
+    assert pairs < x["numbers"].shape[0] * x["numbers"].shape[1] ** 2 / 2
 
 
 # --------------------------------------------------------------------------------------------------
