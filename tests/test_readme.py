@@ -177,3 +177,20 @@ def test_the_example_of_fine_tuning(tmp_path):
     assert tuned["model"]["conv_q.agh"].shape[0] == 2
     for name in ("fine_tuned", "scratch"):
         assert (tmp_path / f"report_{name}" / "errors.md").is_file()
+
+
+TOOLS = [
+    f"aimnet2mult.{path.parent.name}.{path.stem}"
+    for folder in ("train", "tools")
+    for path in sorted((ROOT / "aimnet2mult" / folder).glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_waits_for_neither_torch_nor_h5py(tool):
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'h5py', 'ignite', 'ase', 'matplotlib')))"
+    code = f"{blocked}; sys.argv = ['tool', '--help']; import runpy; runpy.run_module('{tool}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import ELEMENT_SYMBOLS
-from aimnet2mult.data.sgdataset import dataset_writer
 from aimnet2mult.utils.cli import user_errors
 
 logger = logging.getLogger(__name__)
@@ -138,6 +137,8 @@ def create_fake_data(
     OSError
         The file cannot be written.
     """
+    from aimnet2mult.data.sgdataset import dataset_writer  # imports torch, for which --help need not wait
+
     _check_arguments(n_molecules, sizes, elements, labels, seed, ions)
     low, high = sizes
     counts = np.random.default_rng([seed, 0]).multinomial(n_molecules, np.full(high - low + 1, 1.0 / (high - low + 1)))

@@ -1,20 +1,25 @@
 """Fit the self-atomic energies of a dataset: ``python -m aimnet2mult.train.calc_sae dataset.h5 sae.yaml``."""
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 from aimnet2mult.constants import element_names
-from aimnet2mult.data.base import MoleculeSource
-from aimnet2mult.data.sae import SAEFit, composition, fit_sae, save_sae
-from aimnet2mult.data.sgdataset import DatasetError, open_dataset
+from aimnet2mult.data.sae import composition, fit_sae, save_sae
 from aimnet2mult.utils.cli import user_errors
 from aimnet2mult.utils.files import check_writable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aimnet2mult.data.base import MoleculeSource
+    from aimnet2mult.data.sae import SAEFit
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,11 @@ def calc_sae(
         The dataset is missing or unusable, an energy is infinite, no molecule (with some element) has an energy, or
         the output cannot be written.
     """
+    # h5py and torch take seconds to import; --help does not wait for them.
+    import h5py
+
+    from aimnet2mult.data.sgdataset import DatasetError, open_dataset
+
     check_writable(output)
     if Path(output).is_file() and h5py.is_hdf5(output):
         raise DatasetError(f"{output}: is a dataset; the last name is that of the YAML file to write, such as sae.yaml")
@@ -105,6 +115,8 @@ def draw_sample(
     DatasetError
         No molecule has an energy.
     """
+    from aimnet2mult.data.sgdataset import DatasetError
+
     n = len(dataset)
     known = np.concatenate([~np.isnan(arrays["energy"]) for _, arrays in dataset.chunks(("energy",))])
     n_known = int(np.count_nonzero(known))

@@ -1,8 +1,6 @@
 """Export to format 2: what is in the file, that it gives the numbers of the model, and what cannot be exported."""
 
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -401,14 +399,3 @@ def test_mistakes_on_the_command_line_end_with_status_2(fixtures_dir, tmp_path, 
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.output.split()), (arguments, result.output)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("tool", ["export", "convert"])
-def test_help_needs_no_torch(tool):
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.argv = ['tool', '--help'];"
-        f"from aimnet2mult.tools.{tool} import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "OUTPUT" in done.stdout

@@ -194,7 +194,9 @@ def test_dataset_as_the_last_name_is_not_overwritten(dataset, tmp_path):
 
 
 def test_output_is_checked_before_the_dataset_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "open_dataset", lambda files: pytest.fail("read before the output was checked"))
+    monkeypatch.setattr(
+        "aimnet2mult.data.sgdataset.open_dataset", lambda files: pytest.fail("read before the output was checked")
+    )
     result = run(tmp_path / "data.h5", tmp_path / "missing" / "sae.yaml")
     refused(result, tmp_path, "missing does not exist")
     refused(run(tmp_path / "data.h5", tmp_path), tmp_path, "is a folder")
