@@ -119,7 +119,7 @@ def batch_parts(x: Batch, y: Batch, min_atoms: int, part_cost: float) -> list[Ba
     parts = [
         BatchPart(rows[group], int(n_atoms[rows[group]].max()), forces)
         for forces, rows in ((True, labelled.nonzero().squeeze(1)), (False, (~labelled).nonzero().squeeze(1)))
-        for group in size_groups(n_atoms[rows].numpy(), part_cost)
+        for group in size_groups(n_atoms[rows].cpu().numpy(), part_cost)
     ]
     whole = len(parts) == 1 and parts[0].forces and parts[0].n_places == x["numbers"].shape[1]
     return None if whole else parts
@@ -127,7 +127,7 @@ def batch_parts(x: Batch, y: Batch, min_atoms: int, part_cost: float) -> list[Ba
 
 def _places_up_to_the_last_atom(real: Tensor) -> Tensor:
     """(B, N) bool -> (B,) int64."""
-    return (real * torch.arange(1, real.shape[1] + 1)).amax(dim=1)
+    return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(dim=1)
 
 
 def size_groups(n_atoms: np.ndarray, part_cost: float) -> list[np.ndarray]:
