@@ -25,7 +25,13 @@ from aimnet2mult.models.artifact import (
 from aimnet2mult.models.artifact_config import find_outputs, own_names
 from aimnet2mult.models.checkpoint_entries import check_entries, subtracted_d3, without_files
 from aimnet2mult.models.interchange import checkpoint_of_artifact
-from aimnet2mult.models.legacy import checkpoint_of_legacy, compiled_metadata, legacy_metadata, open_torchscript
+from aimnet2mult.models.legacy import (
+    checkpoint_of_legacy,
+    compiled_metadata,
+    is_compiled_model,
+    legacy_metadata,
+    open_torchscript,
+)
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, is_type_table, num_types
 from aimnet2mult.models.safe_file import CheckpointError, is_torchscript, load_tensors
 from aimnet2mult.utils.devices import chosen_device
@@ -309,7 +315,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     path = Path(path)
     if path.is_file() and is_torchscript(path):
         module, metadata = open_torchscript(path, device)
-        if metadata:
+        if is_compiled_model(module, metadata):
             raise CheckpointError(
                 f"{path}: a compiled TorchScript model, not a checkpoint; give the .pt of the training"
             )
@@ -384,7 +390,9 @@ def load_model(
     if is_torchscript(path):
         _only_of_checkpoints(fidelity, path)
         module, about = open_torchscript(path, place)
-        return module, compiled_metadata(module, about) if about else legacy_metadata(module, path)
+        return module, compiled_metadata(module, about) if is_compiled_model(module, about) else legacy_metadata(
+            module, path
+        )
     content = load_tensors(path)
     if is_artifact(content):
         _only_of_checkpoints(fidelity, path)

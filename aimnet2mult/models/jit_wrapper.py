@@ -14,7 +14,7 @@ from aimnet2mult import nbops
 from aimnet2mult.constants import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
 from aimnet2mult.interfaces import Pairs, PairSource
 from aimnet2mult.models.aimnet2 import AIMNet2
-from aimnet2mult.models.legacy import compiled_metadata, open_torchscript
+from aimnet2mult.models.legacy import compiled_metadata, is_compiled_model, open_torchscript
 from aimnet2mult.models.potential import Potential
 from aimnet2mult.utils.devices import chosen_device
 
@@ -381,6 +381,6 @@ def load_jit_model(path: str | Path, device: str | torch.device = "cpu") -> Pote
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     module, metadata = open_torchscript(path, chosen_device(device))
-    if not metadata:
+    if not is_compiled_model(module, metadata):
         raise ValueError(f"{path}: TorchScript, but not a model of tools.compile_jit; try load_potential")
     return Potential(module, metadata, compiled_metadata(module, metadata))

@@ -54,6 +54,11 @@ def open_torchscript(path: str | Path, device: str | torch.device = "cpu") -> tu
     return module, parse_metadata(extra[METADATA_FILE], path)
 
 
+def is_compiled_model(module: Any, metadata: Mapping[str, Any]) -> bool:
+    """Tell whether a TorchScript program is one of ours: by what its file says, or by the interface of the program."""
+    return bool(metadata) or hasattr(module, "species")
+
+
 class LegacyNetwork(nn.Module):
     """A legacy program in the place of `aimnet2mult.models.aimnet2.AIMNet2` in a deployable model.
 

@@ -25,7 +25,13 @@ from aimnet2mult.models.base import (
 from aimnet2mult.models.checkpoint_entries import subtracted_d3
 from aimnet2mult.models.interchange import checkpoint_of_artifact
 from aimnet2mult.models.jit_wrapper import DeployableModel
-from aimnet2mult.models.legacy import LegacyNetwork, compiled_metadata, legacy_metadata, open_torchscript
+from aimnet2mult.models.legacy import (
+    LegacyNetwork,
+    compiled_metadata,
+    is_compiled_model,
+    legacy_metadata,
+    open_torchscript,
+)
 from aimnet2mult.models.potential import D3_CUTOFF, D3_SMOOTHING, Potential
 from aimnet2mult.models.safe_file import is_torchscript, load_tensors
 from aimnet2mult.modules import SelfAtomicEnergies
@@ -87,7 +93,7 @@ def load_potential(
 
 def _of_torchscript(path: Path, device: torch.device) -> Potential:
     module, about = open_torchscript(path, device)
-    if about:
+    if is_compiled_model(module, about):
         return Potential(module, about, compiled_metadata(module, about))
     description = legacy_metadata(module, path)
     return Potential(deployable_legacy(module, path).to(device), description, description)

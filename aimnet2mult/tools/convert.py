@@ -56,6 +56,7 @@ def convert_model(source: str | Path, config: str | Path, output: str | Path) ->
     from aimnet2mult.models.legacy import (
         SPECIES_BUFFERS,
         LegacyNetwork,
+        is_compiled_model,
         legacy_d3_params,
         legacy_metadata,
         open_torchscript,
@@ -70,7 +71,7 @@ def convert_model(source: str | Path, config: str | Path, output: str | Path) ->
     if not is_torchscript(source):
         raise ValueError(f"{source}: not a TorchScript file; checkpoints are exported (tools.export)")
     module, about = open_torchscript(source)
-    if about:
+    if is_compiled_model(module, about):
         raise ValueError(
             f"{source}: a compiled model of this package; export the checkpoint it was made of (tools.export)"
         )

@@ -217,3 +217,19 @@ def test_configuration_of_another_model(legacy_file, fixtures_dir, tmp_path):
     with pytest.raises(ValueError, match=r"has a D3 energy.*has none"):
         convert_model(legacy_file, fixtures_dir / "peer_v2_lr_source_model.yaml", tmp_path / "model.pt")
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_compiled_model_without_metadata_is_still_one_of_ours(compiled, tmp_path):
+    """As benchmarks write them, or whoever takes the extra files out of the archive."""
+    from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
+    from aimnet2mult.models.jit_wrapper import load_jit_model
+
+    with torchscript_deprecation_ignored():
+        torch.jit.load(compiled).save(str(tmp_path / "bare.jpt"))
+    data = {"coord": torch.tensor([[[0.0, 0, 0], [0, 0, 1.1]]]), "numbers": torch.tensor([[6, 8]])}
+    energy = load_jit_model(compiled)(data)["energy"]
+    assert torch.equal(load_jit_model(tmp_path / "bare.jpt")(data)["energy"], energy)
+    assert torch.equal(load_potential(tmp_path / "bare.jpt")(data)["energy"], energy)
+    assert load_model(tmp_path / "bare.jpt")[1]["model_file"] == "compiled model"
+    with pytest.raises(ValueError, match="a compiled TorchScript model, not a checkpoint"):
+        load_checkpoint(tmp_path / "bare.jpt")
