@@ -25,6 +25,7 @@ from aimnet2mult.train.fidelity_specific_utils import (
     fidelity_number,
     layout_of_model,
 )
+from aimnet2mult.train.utils import accepted_keywords
 from aimnet2mult.utils.text import text_table
 
 if TYPE_CHECKING:
@@ -100,11 +101,20 @@ def reference_optimizer(config: "OptimizerConfig") -> Optimizer:
 
 
 def _make_optimizer(config: "OptimizerConfig", groups: list[dict[str, Any]]) -> Optimizer:
+    optimizer_class = resolve(config.class_)
     try:
-        optimizer: Optimizer = resolve(config.class_)(groups, **config.kwargs)
+        optimizer: Optimizer = optimizer_class(groups, **_batched(optimizer_class, config.kwargs))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {config.class_}: {error}") from error
     return optimizer
+
+
+def _batched(optimizer_class: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by which an optimiser updates all weights together, if it can and nothing else was chosen."""
+    accepted = accepted_keywords(optimizer_class) or []
+    chosen = {"foreach", "fused", "differentiable"} & kwargs.keys()
+    return {**kwargs, "foreach": True} if "foreach" in accepted and not chosen else dict(kwargs)
+
 
 
 def _matches(patterns: Sequence[str], weights: Mapping[str, nn.Parameter], key: str) -> set[str]:

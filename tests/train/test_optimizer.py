@@ -369,3 +369,14 @@ def test_a_third_fidelity_is_added_and_trained_without_a_change_to_the_others(mi
     assert torch.equal(energies(model, 1), before["gfn2"])
     assert torch.equal(energies(model, 2), before["dft"])
     assert not torch.equal(energies(model, 0), before["dft"])
+
+
+def test_weights_are_updated_together_unless_something_else_is_chosen():
+    def made(**kwargs):
+        return build_optimizer(optimizer_config(**kwargs), Net())
+
+    assert made().defaults["foreach"] is True
+    assert made(kwargs={"lr": 1e-3, "foreach": False}).defaults["foreach"] is False
+    fused = made(class_="torch.optim.AdamW", kwargs={"lr": 1e-3, "fused": True})
+    assert (fused.defaults["foreach"], fused.defaults["fused"]) == (None, True)
+    assert "foreach" not in made(class_="torch.optim.LBFGS", kwargs={"lr": 0.1}).defaults
