@@ -35,6 +35,7 @@ from report import check_output, processor, write_results
 
 from aimnet2mult import nbops
 from aimnet2mult.calculators import AIMNet2Calculator
+from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.models.base import build_model, versions
 from aimnet2mult.models.compiled_file import save_jit_model
 from aimnet2mult.models.jit_wrapper import DeployableModel
@@ -85,7 +86,7 @@ def system(name: str, n_waters: int, seed: int) -> Atoms:
     return atoms
 
 
-def network(small: bool, kind: str, seed: int) -> torch.nn.Module:
+def network(small: bool, kind: str, seed: int) -> AIMNet2:
     """The untrained network of a kind."""
     torch.manual_seed(seed)
     return build_model(model_config(small, kind != SHORT))
@@ -306,8 +307,8 @@ def markdown(result: dict) -> str:
         "",
         "## Where the time of our step goes",
         "",
-        "Parts timed alone, as shares of the step. The calculator contains the model, the model the searches; what is left",
-        "beside calculator and ASE is ASE's comparison of the atoms with those of the last calculation.",
+        "Parts timed alone, as shares of the step. The calculator contains the model, the model the searches; what is",
+        "left beside calculator and ASE is ASE's comparison of the atoms with those of the last calculation.",
         "",
         "| system | model | step, ms | ASE without a calculator | calculator | model | searches |",
         "| --- | --- | --- | --- | --- | --- | --- |",
