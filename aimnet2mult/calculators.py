@@ -117,7 +117,9 @@ class AIMNet2Calculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """List what changed since the last calculation; ``atoms.info``, which ASE does not look at, included."""
-        changes = super().check_state(atoms, tol=tol)
+        # ASE compares within ``tol``, which takes longer and is asked two or three times in a step of a simulation.
+        same = self.atoms is not None and _same_geometry(atoms, self.atoms)
+        changes = [] if same else super().check_state(atoms, tol=tol)
         if self._state is not None and self.charge_and_mult(atoms) != self._state:
             changes.append("info")
         return changes
@@ -307,6 +309,16 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         """Total energy of ``atoms`` in every fidelity, eV; the active one stays as it is."""
         data = self.batch(atoms)
         return {level: float(_results(model, self._at(data, level))["energy"]) for level, model in self.models.items()}
+
+
+def _same_geometry(atoms: Atoms, others: Atoms) -> bool:
+    """Whether positions, elements and cell are the same numbers."""
+    return (
+        np.array_equal(atoms.positions, others.positions)
+        and np.array_equal(atoms.numbers, others.numbers)
+        and np.array_equal(atoms.cell.array, others.cell.array)
+        and np.array_equal(atoms.pbc, others.pbc)
+    )
 
 
 def _results(model: Potential, data: dict[str, torch.Tensor], with_stress: bool = False) -> dict[str, torch.Tensor]:
