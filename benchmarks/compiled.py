@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from dispersion import MOLECULE_SPACING, WATER, water_cluster
 from report import check_output, processor, write_results
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimnet2mult.models.base import build_model, load_model_config, versions
 from aimnet2mult.models.compiled_file import save_jit_model
@@ -272,9 +272,8 @@ def crossing(rows: list[dict]) -> float | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def aimnet_calculator(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
-    """Calculator of the aimnet package for the same network, with our weights for the elements that it knows."""
-    from aimnet.calculators import AIMNet2Calculator
+def aimnet_network(config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The same network in the aimnet package, with our weights for the elements that it knows."""
     from aimnet.config import build_module
 
     text = json.dumps(config).replace("aimnet2mult.models.aimnet2.AIMNet2", "aimnet.models.AIMNet2")
@@ -282,7 +281,14 @@ def aimnet_calculator(config: dict[str, Any], weights: dict[str, Tensor]) -> Any
     # Tables by element have fewer rows there.
     rows = {key: value.shape[:1] for key, value in network.state_dict().items()}
     network.load_state_dict({key: value[: rows[key][0]] if rows[key] else value for key, value in weights.items()})
-    return AIMNet2Calculator(network, device="cpu")
+    return network
+
+
+def aimnet_calculator(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    """Calculator of the aimnet package for the same network."""
+    from aimnet.calculators import AIMNet2Calculator
+
+    return AIMNet2Calculator(aimnet_network(config, weights), device="cpu")
 
 
 def measure_aimnet(model_file: Path, small: bool, shapes: list[tuple[int, int, bool]], repeats: int, seed: int) -> dict:

@@ -8,7 +8,6 @@ least time of several is reported. Peak memory is that of a process of its own, 
     OMP_NUM_THREADS=1 python benchmarks/dispersion.py --output benchmarks/results/dispersion.json
 """
 
-import importlib.metadata
 import multiprocessing
 import os
 import time
@@ -18,12 +17,11 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from report import check_output, processor, write_results
+from report import check_output, installed, package_versions, processor, write_results
 from torch import Tensor
 
 from aimnet2mult import nbops
 from aimnet2mult.dispersion import DFTD3
-from aimnet2mult.models.base import versions
 from aimnet2mult.models.jit_wrapper import DENSE_LIMIT
 from aimnet2mult.utils.cli import user_errors
 from aimnet2mult.utils.units import BOHR_ANGSTROM, HARTREE_EV
@@ -127,15 +125,6 @@ def torch_dftd_call(numbers: np.ndarray, coord: np.ndarray) -> Call:
 
 
 PEERS = {DFTD3_NAME: dftd3_call, TAD: tad_call, TORCH_DFTD: torch_dftd_call}
-
-
-def installed(package: str) -> bool:
-    """Tell whether a package is there."""
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def highest_memory() -> float:
@@ -251,7 +240,7 @@ def main(output: Path, atoms: tuple[int, ...], batch: int, repeats: int, seed: i
         "rows": rows,
         "peers": peers,
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
+        "versions": package_versions(*peers),
         "arguments": {"atoms": list(atoms), "batch": batch, "repeats": repeats, "seed": seed},
     }
     write_results(output, result, markdown(result))

@@ -1,5 +1,6 @@
 """What all benchmarks do with their results: check where they go, name the machine, write JSON and page."""
 
+import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import click
 
+from aimnet2mult.models.base import versions
 from aimnet2mult.utils.files import check_writable, write_text_atomic
 
 
@@ -23,6 +25,20 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> bool:
+    """Tell whether a package is there."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of what a result depends on, and of those of the packages named that are there."""
+    return versions() | {name: importlib.metadata.version(name) for name in packages if installed(name)}
 
 
 def write_results(output: Path, result: dict[str, Any], page: str, *others: Path) -> None:
