@@ -148,7 +148,8 @@ def peak_of_model(model_file: Path, n_atoms: int) -> float:
 
 def peak_of_d3(n_atoms: int) -> float:
     """Peak memory of a process that computes the D3 energy and gradient of a cluster, float64, MB."""
-    our_call(*(x[None] for x in water_cluster(n_atoms, 0)), torch.float64)()
+    numbers, coord = water_cluster(n_atoms, 0)
+    our_call(numbers[None], coord[None], torch.float64)()
     return resident_mib(peak=True) * MEGABYTES_PER_MIB
 
 
@@ -244,10 +245,8 @@ def inference_rows(result: dict[str, Any]) -> Iterator[Row]:
         (hessian, "Hessian, 20 atoms", "1.3 x faster than aimnet", 1 / 1.3),
     ]
     sizes = [(201, through_aimnet(0.11, 2, 0.13)), (501, 1 / 2), (999, 1 / 2)]
-    aims += [
-        (row, f"water cluster, {n} atoms", faster, aim)
-        for row, (n, aim) in zip(large, sizes[-len(large) :], strict=True)
-    ]
+    for measured, (n_atoms, aim) in zip(large, sizes[-len(large) :], strict=True):
+        aims.append((measured, f"water cluster, {n_atoms} atoms", faster, aim))
     for measured, name, asked, aim in aims:
         if measured is None:
             yield Row(name, asked, AIMNET, aim, None, result["aimnet"]["skipped"])
@@ -303,6 +302,11 @@ def rows_of(part: str, result: dict[str, Any], small: bool) -> list[Row]:
 # --------------------------------------------------------------------------------------------------
 
 
+def number(value: float) -> str:
+    """Three digits, without powers of ten for what is large."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def markdown(result: dict[str, Any], rows: list[Row]) -> str:
     """The result as a page."""
     small = result["arguments"]["small"]
@@ -317,19 +321,16 @@ def markdown(result: dict[str, Any], rows: list[Row]) -> str:
         "  together with it; a ratio below 1 is faster than the peer",
     ]
     if small:
-        lines.append(
-            "- small setting: the small model and smaller systems; the aims are those of the full one, so they"
-        )
-        lines.append("  are not judged")
+        lines.append("- small setting: the small model and smaller systems; not judged, since aims are of the full one")
     lines += [
         "",
         "| what | asked | against | at most | measured | reached | note |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        value = "" if row.value is None else f"{row.value:.3g}" if row.value < 100 else f"{row.value:.0f}"
+        value = "" if row.value is None else number(row.value)
         reached = "not judged" if small and row.value is not None else row.reached
-        aim = f"{row.aim:.3g}" if row.against else ""
+        aim = number(row.aim) if row.against else ""
         lines.append(f"| {row.name} | {row.asked} | {row.against} | {aim} | {value} | {reached} | {row.note} |")
     return "\n".join(lines) + "\n"
 

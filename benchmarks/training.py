@@ -91,7 +91,8 @@ def molecule_sizes(kind: str, seed: int) -> list[int]:
         return [5] * 60 + [10] * 20 + [100] * 3 + [200]
     if kind != MIXED:
         return [20] * 50
-    rng, sizes = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    sizes: list[int] = []
     while (left := ATOMS - sum(sizes)) > 40:
         sizes.append(int(rng.integers(5, min(40, left - 5) + 1)))
     return [*sizes, left]
@@ -375,7 +376,7 @@ def main(output: Path, compiled: bool, repeats: int, small: bool, seed: int) -> 
     picture = output.with_suffix(".png") if importlib.util.find_spec("matplotlib") is not None else None
     if picture is not None:
         draw(result, picture)
-    write_results(output, result, markdown(result, picture and picture.name), *([picture] if picture else []))
+    write_results(output, result, markdown(result, picture.name if picture else None), *([picture] if picture else []))
 
 
 if __name__ == "__main__":
