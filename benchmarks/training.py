@@ -19,7 +19,6 @@ import math
 import os
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,18 +131,18 @@ def make_batch(sizes: list[int], n_fidelities: int, seed: int) -> tuple[Batch, B
 
 
 class RecordProducts(TorchDispatchMode):
-    """Counts the matrix products (`PRODUCTS`) of what runs inside, by operation and layout of the factors."""
+    """Keeps operation and layouts of the factors of the matrix products (`PRODUCTS`) that run inside, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[Product] = Counter()
+        self.products: list[Product] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; a product is counted."""
+        """Run the operation; a product is kept."""
         name = func.name()
         if name in PRODUCTS:
             one, other = ((tuple(t.shape), tuple(t.stride())) for t in args[-2:])
-            self.products[name, one, other] += 1
+            self.products.append((name, one, other))
         return func(*args, **(kwargs or {}))
 
 
@@ -157,9 +156,13 @@ def random_tensor(layout: Layout) -> Tensor:
 
 
 class Replay:
-    """Computes the products of a step with random matrices of the same shapes and strides, one set for each."""
+    """Computes the products of a step, in their order, with random matrices of the same shapes and strides.
 
-    def __init__(self, products: Counter[Product]) -> None:
+    Matrices of one layout are one, to spare memory, so that the processor finds more of them in its cache than in the
+    step: the floor is low rather than high.
+    """
+
+    def __init__(self, products: list[Product]) -> None:
         kept: dict[Layout, list[Tensor]] = {}
 
         def factor(layout: Layout, place: int) -> Tensor:
@@ -170,21 +173,19 @@ class Replay:
             return known[place]
 
         self.calls = [
-            (PRODUCTS[name], factor(one, 0), factor(other, 1 if one == other else 0), count)
-            for (name, one, other), count in products.items()
+            (PRODUCTS[name], factor(one, 0), factor(other, 1 if one == other else 0)) for name, one, other in products
         ]
 
     def __call__(self) -> None:
         """Compute all products once."""
         with torch.no_grad():
-            for product, one, other, count in self.calls:
-                for _ in range(count):
-                    product(one, other)
+            for product, one, other in self.calls:
+                product(one, other)
 
 
-def operations(products: Counter[Product]) -> float:
+def operations(products: list[Product]) -> float:
     """Multiplications and additions in the products."""
-    return sum(2.0 * math.prod(one[0]) * other[0][-1] * count for (_, one, other), count in products.items())
+    return sum(2.0 * math.prod(one[0]) * other[0][-1] for _, one, other in products)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def measure(compiled: bool, repeats: int, small: bool, seed: int) -> dict[str, A
     return {
         "seconds": {kind: {how: t for how, t in row.items() if how != FLOOR} for kind, row in rows.items()},
         "floor seconds": rows[ONE_SIZE][FLOOR],
-        "products": {"number": recorded.products.total(), "GFLOP": operations(recorded.products) / 1e9},
+        "products": {"number": len(recorded.products), "GFLOP": operations(recorded.products) / 1e9},
         "batches": batches,
         "seconds of the first compiled step": first,
         "quartiles": {f"{kind}, {how}": np.quantile(v, [0.25, 0.75]).tolist() for (kind, how), v in times.items()},
