@@ -116,7 +116,6 @@ def _batched(optimizer_class: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "foreach": True} if "foreach" in accepted and not chosen else dict(kwargs)
 
 
-
 def _matches(patterns: Sequence[str], weights: Mapping[str, nn.Parameter], key: str) -> set[str]:
     """Return the names that match any of the patterns; a pattern without a match is an error."""
     names: set[str] = set()
