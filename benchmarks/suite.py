@@ -13,6 +13,7 @@ leaves its rows without a value, and they say so.
     python benchmarks/suite.py --output benchmarks/results/suite.json
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ from training import AIMNET, COMPILED, EAGER, FIDELITIES, MIXED, ONE_SIZE, UNEVE
 
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.utils.cli import user_errors
+from aimnet2mult.utils.files import atomic_path
 
 FOLDER = Path(__file__).resolve().parent
 PACKAGE = FOLDER.parent / "aimnet2mult"
@@ -307,7 +309,30 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def markdown(result: dict[str, Any], rows: list[Row]) -> str:
+def verdict(row: Row, small: bool) -> str:
+    """Whether the row was reached; the small setting is not judged, since the aims are those of the full one."""
+    return "not judged" if small and row.value is not None else row.reached
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw what was measured in units of the aim, a bar each: left of the line the aim is reached."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.5 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row.name} ({row.against})" + (f", {row.note}" if row.against == "one fidelity" else "") for row in rows]
+    values = [(row.value or 0.0) / row.aim for row in rows]
+    bars = axes.barh(names, values, color=["tab:green" if value <= 1 else "tab:red" for value in values])
+    axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axes.axvline(1.0, color="black", linestyle="--")
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="measured / aim")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def markdown(result: dict[str, Any], rows: list[Row], picture: str | None) -> str:
     """The result as a page."""
     small = result["arguments"]["small"]
     lines = [
@@ -329,9 +354,12 @@ def markdown(result: dict[str, Any], rows: list[Row]) -> str:
     ]
     for row in rows:
         value = "" if row.value is None else number(row.value)
-        reached = "not judged" if small and row.value is not None else row.reached
         aim = number(row.aim) if row.against else ""
-        lines.append(f"| {row.name} | {row.asked} | {row.against} | {aim} | {value} | {reached} | {row.note} |")
+        lines.append(
+            f"| {row.name} | {row.asked} | {row.against} | {aim} | {value} | {verdict(row, small)} | {row.note} |"
+        )
+    if picture is not None:
+        lines += ["", f"![what was measured, in units of the aim]({picture})"]
     return "\n".join(lines) + "\n"
 
 
@@ -346,7 +374,9 @@ def all_versions(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON file; a .md is written beside it.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="JSON file; .md and .png are put beside."
+)
 @click.option("--small/--full", default=False, help="The small model and small systems: minutes.")
 @click.option(
     "--compile/--no-compile", "compiled", default=True, help="Measure compiled training steps as well; takes minutes."
@@ -368,13 +398,18 @@ def main(output: Path, small: bool, compiled: bool, pythons: tuple[str, ...], pa
     results = {part: MEASURE[part](small, compiled, [*pythons, sys.executable]) for part in chosen}
     rows = [row for part, result in results.items() for row in rows_of(part, result, small)]
     result = {
-        "rows": [asdict(row) | {"reached": row.reached} for row in rows],
+        "rows": [asdict(row) | {"reached": verdict(row, small)} for row in rows],
         "parts": results,
         "machine": {"device": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": all_versions(results),
         "arguments": {"small": small, "compile": compiled, "parts": chosen},
     }
-    write_results(output, result, markdown(result, rows))
+    measured = [row for row in rows if row.value is not None]
+    drawn = bool(measured) and importlib.util.find_spec("matplotlib") is not None
+    picture = output.with_suffix(".png") if drawn else None
+    if picture is not None:
+        draw(measured, picture)
+    write_results(output, result, markdown(result, rows, picture.name if picture else None), *filter(None, [picture]))
 
 
 if __name__ == "__main__":
