@@ -579,6 +579,8 @@ def check_batch(data: dict[str, Tensor]) -> None:
         raise ValueError(f"numbers has shape {list(numbers.shape)}, coord {list(coord.shape)}: one number per atom")
     if not coord.is_floating_point():
         raise ValueError("coord must be a tensor of floating-point numbers")
+    if coord.dtype != torch.float32 and coord.dtype != torch.float64:
+        raise ValueError("coord must be float32 or float64: positions of lower precision give wrong forces")
     if numbers.is_floating_point():
         raise ValueError("numbers must be a tensor of whole numbers: atomic numbers")
     if "cell" in data:

@@ -217,8 +217,6 @@ class DeployableModel(nn.Module):
     def check_input(self, data: dict[str, Tensor]) -> None:
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
-        if data["coord"].dtype != torch.float32 and data["coord"].dtype != torch.float64:
-            raise ValueError("coord must be float32 or float64: positions of lower precision give wrong forces")
         nbops.check_values(data)
         if "cell" in data and self.cutoff_lr_periodic == float("inf"):
             raise ValueError(

@@ -147,6 +147,7 @@ def test_grad_modes_and_the_callers_data(exported, jpt):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"coord": torch.rand(1, 3, 3).bfloat16()}, "coord must be float32 or float64"),
         ({"numbers": torch.tensor([[35, 1, 1]])}, r"Br \(35\) is not among the elements of fidelity 1: H \(1\), C"),
         ({"numbers": torch.tensor([[-1, 1, 8]])}, r"Z=-1 is not among"),
         ({"coord": torch.full((1, 3, 3), torch.nan)}, "coord holds NaN"),
