@@ -4,7 +4,8 @@ Processes share gradients as in training (`aimnet2mult.train.processes`: Distrib
 thread each. Strong: the molecules of one batch, on one process or shared out. Weak: a batch of that size on each
 process. Steps take turns with the same steps without the exchange of gradients, which tells what the exchange costs
 beyond what two processes cost each other; an all-reduce of as many bytes as there are gradients is timed alone.
-Processes start each step together, and the time on the clock until the slower one is done counts.
+Processes start each step together, and the time on the clock until the slower one is done counts; where other programs
+want the cores, the CPU time of a process says more.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --output benchmarks/results/scaling.json
 """
@@ -46,12 +47,12 @@ def together() -> None:
         dist.barrier()
 
 
-def seconds_of(call: Any) -> float:
-    """Time on the clock, from when all processes are ready until this one is done."""
+def seconds_of(call: Any) -> tuple[float, float]:
+    """Time on the clock, from when all processes are ready until this one is done, and its CPU time."""
     together()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def network(small: bool, seed: int) -> Forces:
@@ -80,7 +81,7 @@ def work(rank: int, world: int, port: int, folder: str, atoms: int, repeats: int
         if world > 1:
             gradients = torch.zeros(n_weights)
             calls["all-reduce"] = lambda: dist.all_reduce(gradients)
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for turn in range(-1, repeats):  # the first turn warms up
             for name, call in calls.items():
                 elapsed = seconds_of(call)
@@ -103,15 +104,15 @@ def run(world: int, **settings: Any) -> list[dict]:
 def measure(rounds: int, **settings: Any) -> dict:
     """Medians over rounds, in which one process and two take turns, of the time until the slowest process is done."""
     times: dict[int, dict[str, list[float]]] = {world: {} for world in WORLD_SIZES}
+    cpu: dict[int, dict[str, list[float]]] = {world: {} for world in WORLD_SIZES}
     about: dict[int, list[dict]] = {}
     for _ in range(rounds):
         for world in WORLD_SIZES:
             about[world] = run(world, **settings)
             for name in about[world][0]["seconds"]:
-                slowest = [
-                    max(of_all) for of_all in zip(*(each["seconds"][name] for each in about[world]), strict=True)
-                ]
-                times[world].setdefault(name, []).extend(slowest)
+                for of_all in zip(*(each["seconds"][name] for each in about[world]), strict=True):
+                    times[world].setdefault(name, []).append(max(clock for clock, _ in of_all))
+                    cpu[world].setdefault(name, []).append(max(used for _, used in of_all))
     rows = []
     for mode in (STRONG, WEAK):
         for world in WORLD_SIZES:
@@ -125,6 +126,7 @@ def measure(rounds: int, **settings: Any) -> dict:
                     "atoms": sum(each["atoms"][mode] for each in about[world]),
                     "seconds": seconds,
                     "seconds without exchange": statistics.median(times[world][f"{mode}, no exchange"]),
+                    "CPU seconds": statistics.median(cpu[world][mode]),
                     "molecules per second": molecules / seconds,
                 }
             )
@@ -147,8 +149,8 @@ def markdown(result: dict) -> str:
         f"- {machine['device']}, {machine['cores']} cores, one thread per process",
         f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
         "",
-        "| scaling | processes | molecules | atoms | step, ms | without exchange, ms | molecules/s | efficiency |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| scaling | processes | molecules | atoms | step, ms | no exchange, ms | CPU, ms | molecules/s | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         alone = next(r for r in result["rows"] if r["scaling"] == row["scaling"] and r["processes"] == 1)
@@ -156,7 +158,7 @@ def markdown(result: dict) -> str:
         lines.append(
             f"| {row['scaling']} | {row['processes']} | {row['molecules']} | {row['atoms']} "
             f"| {1e3 * row['seconds']:.0f} | {1e3 * row['seconds without exchange']:.0f} "
-            f"| {row['molecules per second']:.0f} | {efficiency:.0%} |"
+            f"| {1e3 * row['CPU seconds']:.0f} | {row['molecules per second']:.0f} | {efficiency:.0%} |"
         )
     lines += [
         "",
