@@ -71,9 +71,11 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     _check_names(path)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError:
+        raise
     # Of damaged files, the unpickler raises whatever it stumbles over, such as KeyError(105).
     except Exception as error:
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely; is it whole?") from error
+        raise CheckpointError(_not_whole(path, error)) from error
     _check_held(content, path)
     return content
 
@@ -85,6 +87,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
+    # What zipfile raises for damaged directories, and for archives of kinds that it cannot read.
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({first_line(error)})") from error
 
@@ -107,11 +110,16 @@ def _check_names(path: Path) -> None:
             if not SAFE_NAMES.fullmatch(asked):
                 dotted = asked.replace(" ", ".")
                 raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely: it asks for {dotted:.80}")
-    except CheckpointError:
+    except (CheckpointError, PermissionError):
         raise
     # As above: of damaged files it raises whatever it stumbles over.
     except Exception as error:
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely; is it whole?") from error
+        raise CheckpointError(_not_whole(path, error)) from error
+
+
+def _not_whole(path: Path, error: Exception) -> str:
+    """Say what came up in place of the content; the texts of these errors tell users nothing, or to trust the file."""
+    return f"{path}: not a checkpoint that can be loaded safely; is it whole? ({type(error).__name__})"
 
 
 def _asked(path: Path) -> Iterator[str]:

@@ -401,3 +401,17 @@ def test_table_of_a_file_comes_from_the_weights(tmp_path, monkeypatch, checkpoin
     torch.save(content, path)
     model, _ = load_model(path)
     assert torch.equal(model.outputs["disp"].disp_param0, torch.ones(20, 2))
+
+
+def test_what_came_up_is_said_and_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "text.pt").write_text("not a model")
+    with pytest.raises(CheckpointError, match=r"is it whole\? \(\w+\)$"):
+        load_tensors(tmp_path / "text.pt")
+    torch.save({"model": torch.ones(2)}, tmp_path / "fine.pt")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "fine.pt"))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError):
+        load_tensors(tmp_path / "fine.pt")
