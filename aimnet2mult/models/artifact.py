@@ -478,7 +478,7 @@ def write_artifact(artifact: Artifact, path: str | Path) -> None:
         **({EXTRA_ENTRY: extra} if extra else {}),
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in artifact.weights.items()},
     }
-    parse_artifact(content, path)
+    parse_artifact(content, "format 2")  # the name of the file may be a temporary one
     with atomic_path(path) as temporary:
         try:
             torch.save(content, temporary)

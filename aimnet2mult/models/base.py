@@ -354,7 +354,7 @@ def load_model(
     """Load a model in whatever format it is: format-2 artifact, TorchScript, or checkpoint of a training.
 
     The model computes what the file holds; what has to be added for total energies the metadata say
-    (``needs_coulomb``, ``needs_dispersion``, ``sae``). `aimnet2mult.models.potential.load_potential` adds it.
+    (``needs_coulomb``, ``needs_dispersion``, ``sae``). `aimnet2mult.models.loading.load_potential` adds it.
 
     Parameters
     ----------
@@ -390,9 +390,9 @@ def load_model(
     if is_torchscript(path):
         _only_of_checkpoints(fidelity, path)
         module, about = open_torchscript(path, place)
-        return module, compiled_metadata(module, about) if is_compiled_model(module, about) else legacy_metadata(
-            module, path
-        )
+        if is_compiled_model(module, about):
+            return module, compiled_metadata(module, about)
+        return module, legacy_metadata(module, path)
     content = load_tensors(path)
     if is_artifact(content):
         _only_of_checkpoints(fidelity, path)
