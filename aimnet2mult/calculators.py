@@ -158,7 +158,9 @@ class AIMNet2Calculator(Calculator):
             raise PropertyNotImplementedError("a molecule without a cell has no stress")
         out = {key: value[0].cpu().numpy() for key, value in _results(self.model, data, with_stress).items()}
         if with_stress and "stress" not in out:  # files of format 1 know no stress, whatever is asked of them
-            raise PropertyNotImplementedError("this file gives no stress: compile the model again")
+            raise PropertyNotImplementedError(
+                "this file was compiled by an earlier version, without stress: compile the model again"
+            )
         energy = float(out["energy"])
         self.results = {
             "energy": energy,

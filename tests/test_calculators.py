@@ -254,3 +254,19 @@ def test_crystals_need_another_coulomb_method(compiled):
     atoms.calc = AIMNet2Calculator(compiled, device="cpu")
     with pytest.raises(ValueError, match="choose dsf or ewald"):
         atoms.get_potential_energy()
+
+
+def test_stress_that_a_file_does_not_give_leaves_no_results(compiled, monkeypatch):
+    """As files of format 1 do."""
+    from aimnet2mult import calculators
+
+    complete = calculators._results
+    without = lambda *arguments: {k: v for k, v in complete(*arguments).items() if k != "stress"}  # noqa: E731
+    monkeypatch.setattr(calculators, "_results", without)
+    atoms = molecule("H2O", cell=[8.0, 8.0, 8.0], pbc=True)
+    atoms.calc = AIMNet2Calculator(compiled, device="cpu")
+    atoms.calc.model.set_coulomb_method("dsf")
+    with pytest.raises(PropertyNotImplementedError, match="earlier version, without stress: compile the model again"):
+        atoms.get_stress()
+    assert atoms.calc.results == {}
+    assert np.isfinite(atoms.get_potential_energy())

@@ -42,7 +42,7 @@ def test_multiplicity_may_be_left_out(published, compiled, systems, evaluated, a
 def test_hessian(published, compiled, systems):
     found = published.evaluate(compiled, systems[:2], hessian=True)
     potential = load_potential(compiled)
-    for system, result in zip(systems, found, strict=False):
+    for system, result in zip(systems[:2], found, strict=True):
         data = {key: torch.as_tensor(value).unsqueeze(0) for key, value in system.items()}
         expected = potential.hessian(data)[0].numpy()
         assert abs(expected).max() > 0.1

@@ -190,9 +190,10 @@ def test_a_run_takes_the_model_of_the_artifact(working_folder):
     torch.testing.assert_close(load_potential("gfn2.pt")(data)["energy"], energy, rtol=0, atol=1e-5)
 
 
-def test_a_file_that_is_no_model_is_refused_before_data_are_read(working_folder):
+def test_a_file_that_is_no_model_is_refused(working_folder):
     (working_folder / "text.pt").write_text("not a model")
     data = ["data.fidelities.dft.files=fid0.h5", "data.fidelities.dft.sae=sae0.yaml"]
     result = CliRunner().invoke(cli.main, ["--load", "text.pt", *data])
     assert result.exit_code == 2
     assert "text.pt: not a checkpoint that can be loaded safely" in result.output.replace("\n", " ")
+    assert not (working_folder / "runs").exists()
