@@ -86,7 +86,38 @@ def n_atoms(y_pred: Batch) -> Tensor:
     return mol_sum(real_atoms(y_pred["numbers"]).long(), dict(y_pred))
 
 
-def mean_square(error: Tensor, y_pred: Batch, atomic: bool) -> Tensor:
+def robust(square: Tensor, delta: float | None) -> Tensor:
+    """Let a squared error x² grow like |x| where it is large: 2δ (√(x² + δ²) - δ).
+
+    That is x² for |x| ≪ δ and 2δ|x| for |x| ≫ δ (the pseudo-Huber or Charbonnier loss; Charbonnier et al.,
+    10.1109/83.551699), so that a few molecules that fit badly do not rule the gradient. With x a norm it is
+    invariant to rotation.
+
+    Parameters
+    ----------
+    square : Tensor
+        x², any shape.
+    delta : float or None
+        δ > 0, in the unit of x; None: the square as it is.
+
+    Returns
+    -------
+    Tensor
+        Shape of ``square``.
+
+    Raises
+    ------
+    ValueError
+        A ``delta`` that is not a positive number.
+    """
+    if delta is None:
+        return square
+    _check_delta(delta, "delta")
+    # The difference of the formula above, without the cancellation near zero.
+    return 2.0 * delta * square / ((square + delta * delta).sqrt() + delta)
+
+
+def mean_square(error: Tensor, y_pred: Batch, atomic: bool, delta: float | None = None) -> Tensor:
     """Mean square of an error over what belongs to one molecule.
 
     Parameters
@@ -97,6 +128,8 @@ def mean_square(error: Tensor, y_pred: Batch, atomic: bool) -> Tensor:
         The batch; ``numbers`` tells padding from atoms.
     atomic : bool
         Whether the error is that of an atomic property.
+    delta : float, optional
+        As in `robust`, applied to the mean square over the components, of each atom if ``atomic``.
 
     Returns
     -------
@@ -104,12 +137,12 @@ def mean_square(error: Tensor, y_pred: Batch, atomic: bool) -> Tensor:
         (B,): mean over components, and over real atoms if ``atomic``.
     """
     if not atomic:
-        return error.pow(2).flatten(1).mean(dim=1) if error.dim() > 1 else error.pow(2)
+        return robust(error.pow(2).flatten(1).mean(dim=1) if error.dim() > 1 else error.pow(2), delta)
     atom_dims = y_pred["numbers"].dim()
     square = mask_padding(error, dict(y_pred)).pow(2)
     if square.dim() > atom_dims:
         square = square.flatten(atom_dims).mean(dim=-1)
-    return mol_sum(square, dict(y_pred)) / n_atoms(y_pred).clamp(min=1)
+    return mol_sum(robust(square, delta), dict(y_pred)) / n_atoms(y_pred).clamp(min=1)
 
 
 def label_error(prediction: Tensor, label: Tensor, mask: Tensor, y_pred: Batch, atomic: bool, key: str) -> Tensor:
@@ -175,18 +208,29 @@ def _is_atomic(key: str) -> bool:
 
 
 def _squared_loss(
-    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, atomic: bool, molecule_weights: Tensor | None
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str,
+    key_true: str,
+    atomic: bool,
+    molecule_weights: Tensor | None,
+    delta: float | None,
 ) -> Tensor:
     mask = label_mask(y_true, key_true)
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
     error = label_error(prediction, y_true[key_true], counted(mask, molecule_weights), y_pred, atomic, key_true)
-    return masked_mean(mean_square(error, y_pred, atomic), mask, molecule_weights)
+    return masked_mean(mean_square(error, y_pred, atomic, delta), mask, molecule_weights)
 
 
 def mse_loss_fn(
-    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, molecule_weights: Tensor | None = None
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str,
+    key_true: str,
+    molecule_weights: Tensor | None = None,
+    delta: float | None = None,
 ) -> Tensor:
     """Mean square error of any property: over its components (and real atoms, if atomic), then over molecules.
 
@@ -199,6 +243,9 @@ def mse_loss_fn(
         is not there counts as molecular.
     molecule_weights : Tensor, optional
         Factor of each molecule's value, (B,); an error with factor zero does not matter even if it is NaN.
+    delta : float, optional
+        Error, in the property's unit, from which on the loss grows linearly (`robust`); default: it is the square
+        everywhere. Of an atomic property the error of an atom is the root mean square over its components.
 
     Returns
     -------
@@ -210,17 +257,22 @@ def mse_loss_fn(
     ValueError
         Label or prediction is missing, or their shapes differ.
     """
-    return _squared_loss(y_pred, y_true, key_pred, key_true, _is_atomic(key_true), molecule_weights)
+    return _squared_loss(y_pred, y_true, key_pred, key_true, _is_atomic(key_true), molecule_weights, delta)
 
 
 def peratom_loss_fn(
-    y_pred: Batch, y_true: Batch, key_pred: str, key_true: str, molecule_weights: Tensor | None = None
+    y_pred: Batch,
+    y_true: Batch,
+    key_pred: str,
+    key_true: str,
+    molecule_weights: Tensor | None = None,
+    delta: float | None = None,
 ) -> Tensor:
     """Mean square error of an atomic property (forces, charges): over a molecule's atoms, then over molecules.
 
     Parameters, result and errors are those of `mse_loss_fn`; the property is taken as atomic whatever its name.
     """
-    return _squared_loss(y_pred, y_true, key_pred, key_true, True, molecule_weights)
+    return _squared_loss(y_pred, y_true, key_pred, key_true, True, molecule_weights, delta)
 
 
 def energy_loss_fn(
@@ -229,18 +281,21 @@ def energy_loss_fn(
     key_pred: str = "energy",
     key_true: str = "energy",
     molecule_weights: Tensor | None = None,
+    delta: float | None = None,
 ) -> Tensor:
     """Mean over molecules of (ΔE)²/√n_atoms, eV².
 
     The square root lies between an error per molecule, which large molecules would rule, and an error per atom, which
-    would neglect them. Parameters and errors are those of `mse_loss_fn`.
+    would neglect them. Parameters and errors are those of `mse_loss_fn`; what ``delta`` is compared with is
+    ΔE/n_atoms^¼.
     """
     mask = label_mask(y_true, key_true)
     prediction = _predicted(y_pred, key_pred, mask)
     if prediction is None:
         return _zero(y_pred)
     error = label_error(prediction, y_true[key_true], counted(mask, molecule_weights), y_pred, False, key_true)
-    return masked_mean(error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt(), mask, molecule_weights)
+    square = error.pow(2) / n_atoms(y_pred).clamp(min=1).to(error.dtype).sqrt()
+    return masked_mean(robust(square, delta), mask, molecule_weights)
 
 
 Moment = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -400,6 +455,8 @@ class MTLoss(nn.Module):
         if not isinstance(kwargs, Mapping):
             raise ValueError(f"{where}.kwargs: expected a mapping, found {type(kwargs).__name__}")
         check_kwargs(function, kwargs, f"{where}.kwargs")
+        if kwargs.get("delta") is not None:
+            _check_delta(kwargs["delta"], f"{where}.kwargs.delta")
         if "molecule_weights" in kwargs:
             raise ValueError(f"{where}.kwargs.molecule_weights: they come from {where}.fidelity_weights; give that")
         bound = partial(function, **kwargs)
@@ -592,6 +649,11 @@ def _check_non_negative(value: Any, where: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise ValueError(f"{where}: {value!r} is not a number of 0 or more")
+
+
+def _check_delta(value: Any, where: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{where}: {value!r} is not a positive number; null for squared errors")
 
 
 def _fidelity_weights(given: Any, function: partial[Tensor], component: str) -> dict[int, float]:

@@ -26,6 +26,9 @@ LOSSES = {
     "charges": charges_loss_fn,
     "dipole": dipole_loss_fn,
     "quadrupole": quadrupole_loss_fn,
+    "robust energy": partial(energy_loss_fn, delta=0.3),
+    "robust forces": partial(forces_loss_fn, delta=0.3),
+    "robust charges": partial(charges_loss_fn, delta=0.3),
 }
 SIZES = [3, 1, 5]
 COMPONENTS = {
@@ -143,6 +146,43 @@ def test_formulas_by_hand():
     expected = torch.stack([tensor[i, j] for i, j in [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2)]])
     quadrupole = ((expected - y_true["quadrupole"][0]) ** 2).mean()
     assert quadrupole_loss_fn(y_pred, y_true).item() == pytest.approx(quadrupole.item())
+
+
+def test_robust_losses_are_squares_of_small_errors_and_linear_in_large_ones():
+    y_pred, y_true = molecule(4, 0)
+    direction = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+
+    def losses(size: float) -> tuple[float, float]:
+        pred = {**y_pred, "energy": y_true["energy"] + size, "forces": y_true["forces"] + size * direction}
+        return energy_loss_fn(pred, y_true, delta=0.1).item(), forces_loss_fn(pred, y_true, delta=0.1).item()
+
+    small, large, larger = losses(1e-6), losses(1e4), losses(2e4)
+    assert small == pytest.approx((1e-12 / 2.0, 1e-12 / 3.0), rel=1e-6)  # sqrt(4 atoms), three components
+    assert larger[0] - large[0] == pytest.approx(2 * 0.1 * 1e4 / 4**0.25, rel=1e-6)
+    assert larger[1] - large[1] == pytest.approx(2 * 0.1 * 1e4 / math.sqrt(3), rel=1e-6)
+
+
+def test_robust_loss_of_forces_does_not_depend_on_the_axes():
+    y_pred, y_true = molecule(4, 0)
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    turned_pred = {**y_pred, "forces": y_pred["forces"] @ rotation}
+    turned_true = {**y_true, "forces": y_true["forces"] @ rotation}
+    turned = forces_loss_fn(turned_pred, turned_true, delta=0.3).item()
+    assert turned == pytest.approx(forces_loss_fn(y_pred, y_true, delta=0.3).item(), rel=1e-12)
+
+
+def test_gradient_of_a_robust_loss_is_zero_where_there_is_no_error():
+    y_pred, y_true = molecule(4, 0)
+    y_pred["energy"] = y_true["energy"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy_loss_fn(y_pred, y_true, delta=0.1), y_pred["energy"])
+    assert gradient.item() == 0.0
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, "0.1", True])
+def test_delta_is_a_positive_number(delta):
+    component = {"fn": energy_loss_fn, "weight": 1.0, "kwargs": {"delta": delta}}
+    with pytest.raises(ValueError, match=r"loss\.components\.e\.kwargs\.delta: .* is not a positive number; null for"):
+        MTLoss({"e": component})
 
 
 def test_labels_without_a_mask_count_all():
