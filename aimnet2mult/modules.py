@@ -18,6 +18,7 @@ from aimnet2mult.dftd4 import DFTD4
 from aimnet2mult.dispersion import DFTD3
 from aimnet2mult.dispersion_ts import D3TS, DispParam
 from aimnet2mult.electrostatics import LRCoulomb, SRCoulomb
+from aimnet2mult.reference_energies import ReferenceEnergies
 
 __all__ = [
     "D3TS",
@@ -153,30 +154,42 @@ class AtomicShift(nn.Module):
 class SelfAtomicEnergies(nn.Module):
     """Add the self-atomic energies (SAE) of the atoms to ``key_out``, in float64, whatever the model is cast to.
 
+    And the terms of reference energies in ``charge`` and ``mult``, if there are any
+    (`aimnet2mult.reference_energies`).
+
     Parameters
     ----------
     sae : mapping
-        {atomic number: eV}. Other elements give NaN; whoever calls the model refuses them first.
+        {atomic number: eV}, or `ReferenceEnergies`. Other elements give NaN; whoever calls the model refuses them
+        first.
     key_out : str
         Energy of each molecule (B,), eV.
     """
 
     sae_bits: Tensor
+    term_bits: Tensor
 
     def __init__(self, sae: Mapping[int, float], key_out: str = "energy") -> None:
         super().__init__()
         self.key_out = key_out
+        reference = ReferenceEnergies.from_table(sae)
+        self.with_terms = len(reference.terms) > 0
         table = torch.full((MAX_ATOMIC_NUMBER + 1,), torch.nan, dtype=torch.float64)
         table[0] = 0.0
-        for z, energy in sae.items():
+        for z, energy in reference.items():
             table[z] = energy
+        terms = torch.tensor([reference.charge, reference.spin], dtype=torch.float64)
         # The bits of the numbers as integers, so that casting the module does not touch them.
         self.register_buffer("sae_bits", table.view(torch.int64))
+        self.register_buffer("term_bits", terms.view(torch.int64))
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add to ``key_out``, or set it."""
         sae = torch.view_copy(self.sae_bits, dtype=torch.float64)
         energy = nbops.mol_sum(sae[data["numbers"]], data)
+        if self.with_terms:
+            terms = torch.view_copy(self.term_bits, dtype=torch.float64)
+            energy = energy + terms[0] * data["charge"].double() + terms[1] * (data["mult"].double() - 1.0)
         if self.key_out in data:
             energy = data[self.key_out] + energy
         data[self.key_out] = energy

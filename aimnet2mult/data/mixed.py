@@ -15,9 +15,10 @@ from aimnet2mult.data.base import (
     MultiFidelityDataset,
     Sample,
 )
-from aimnet2mult.data.sae import sae_energy
+from aimnet2mult.data.sae import reference_energy
 from aimnet2mult.data.sgdataset import DatasetError, open_dataset
 from aimnet2mult.nbops import BATCH_KEYS, encode_fidelity
+from aimnet2mult.reference_energies import ReferenceEnergies
 
 LABEL_KEYS = tuple(
     key
@@ -40,7 +41,8 @@ class MixedFidelityDataset(MultiFidelityDataset):
     datasets : mapping of int to str, Path, sequence of these, or MoleculeSource
         Dataset of each fidelity 0 ... F-1: a file, several files or patterns of names (`open_dataset`), or a source.
     sae : mapping of int to mapping of int to float, optional
-        Self-atomic energies of each fidelity, atomic number -> eV. None leaves total energies.
+        Self-atomic energies of each fidelity, atomic number -> eV, or `ReferenceEnergies`, whose terms take charge and
+        multiplicity from the dataset whether or not they are among ``x``. None leaves total energies.
     fidelity_offset : int
         Distance of the element types of neighbouring fidelities.
     x : sequence of str
@@ -93,7 +95,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
         self.fidelities = np.repeat(np.arange(self.num_fidelities, dtype=np.int16), lengths)
         self.labels = {f: data.keys.intersection(self.y) for f, data in self.datasets.items()}
         self.species = {f: data.elements for f, data in self.datasets.items()}
-        self.sae = None if sae is None else {f: dict(table) for f, table in sorted(sae.items())}
+        self.sae = None if sae is None else {f: ReferenceEnergies.from_table(t) for f, t in sorted(sae.items())}
         self._check_sae()
 
     def _check_sae(self) -> None:
@@ -141,23 +143,29 @@ class MixedFidelityDataset(MultiFidelityDataset):
         fidelities = self.fidelities[wanted]
         for f in np.unique(fidelities).tolist():
             places = np.flatnonzero(fidelities == f)
-            for positions, arrays in self.datasets[f].read(wanted[places] - self.starts[f], (*self.x, *self.y)):
+            for positions, arrays in self.datasets[f].read(wanted[places] - self.starts[f], self._arrays(f)):
                 positions = places[positions]
                 for position, sample in zip(positions, self._samples(f, wanted[positions], arrays), strict=True):
                     samples[position] = sample
         return samples
+
+    def _arrays(self, fidelity: int) -> tuple[str, ...]:
+        """Arrays to read: inputs, labels, and what the reference energies depend on."""
+        with_terms = self.sae is not None and self.sae[fidelity].terms and "energy" in self.y
+        return tuple(dict.fromkeys([*self.x, *self.y, *(("charge", "mult") if with_terms else ())]))
 
     def _samples(self, fidelity: int, indices: np.ndarray, arrays: dict[str, np.ndarray]) -> list[Sample]:
         """Samples of molecules of one fidelity and size, from their arrays (k, ...)."""
         n_molecules = len(indices)
         if "mult" in self.x and "mult" not in arrays:
             arrays["mult"] = np.ones(n_molecules, np.float32)
+        for key in INPUT_KEYS:
+            if key in arrays and key != "numbers" and not (finite := _finite_rows(arrays[key])).all():
+                where = self.where(int(indices[np.argmin(finite)]))
+                raise DatasetError(f"{where}: {key} is NaN or infinite. Remove the molecule or repair the file.")
         columns: dict[str, list[object]] = {FIDELITY_KEY: [fidelity] * n_molecules}
         for key in self.x:
             values = arrays[key]
-            if key != "numbers" and not (finite := _finite_rows(values)).all():
-                where = self.where(int(indices[np.argmin(finite)]))
-                raise DatasetError(f"{where}: {key} is NaN or infinite. Remove the molecule or repair the file.")
             if key == "numbers":
                 values = encode_fidelity(values.astype(np.int64), fidelity, self.fidelity_offset)
             columns[key] = list(values.astype(NUMPY_TYPES[BATCH_KEYS[key].dtype], copy=False))
@@ -167,7 +175,7 @@ class MixedFidelityDataset(MultiFidelityDataset):
                 continue
             values = arrays[key].astype(NUMPY_TYPES[BATCH_KEYS[key].dtype], copy=False)
             if key == "energy" and self.sae is not None:
-                values = values - sae_energy(arrays["numbers"], self.sae[fidelity])
+                values = values - reference_energy(arrays, self.sae[fidelity])
             columns[key] = self._label_rows(key, values, indices)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -185,9 +185,11 @@ def compare(
                 predicted = _predicted(predictor, source, rows, arrays, present)
                 molecules = Molecules(rows, arrays["numbers"], arrays["charge"])
                 not_predicted.update(key for key in present if key not in predicted)
+                if "energy" in present:
+                    arrays["energy"] = arrays["energy"] - predictor.reference(arrays)
                 for key in present:
                     if key in predicted:
-                        _add(errors, key, molecules, arrays[key], predicted[key], predictor)
+                        _add(errors, key, molecules, arrays[key], predicted[key])
             progress.update(len(rows))
     found = {key: sums for key, sums in errors.items() if sums.molecules}
     worst = {
@@ -253,11 +255,9 @@ def _add(
     molecules: Molecules,
     label: np.ndarray,
     predicted: np.ndarray,
-    predictor: Predictor,
 ) -> None:
-    """Add a property of some molecules; the energy relative to the self-atomic energies, and per atom, too."""
+    """Add a property of some molecules; the energy, relative to the reference energies, per atom, too."""
     if key == "energy":
-        label = label - predictor.reference(molecules.numbers)
         n_atoms = molecules.numbers.shape[1]
         errors[ENERGY_PER_ATOM].add(molecules, label / n_atoms, predicted / n_atoms)
     errors[key].add(molecules, label, predicted)

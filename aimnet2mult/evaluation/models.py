@@ -19,13 +19,14 @@ from torch import Tensor
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.data.ledger import DispersionLabel
-from aimnet2mult.data.sae import sae_energy
+from aimnet2mult.data.sae import reference_energy
 from aimnet2mult.models.base import layout_of_weights, load_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.models.loading import deployable_model
 from aimnet2mult.models.potential import Potential
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import encode_fidelity
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.tools.compile_options import COMMAND_LINE, SUBTRACTED
 
 COMPILED_SUFFIX = ".jpt"
@@ -59,7 +60,8 @@ class Predictor:
     species : list of int
         Elements that it knows.
     sae : mapping of int to float
-        Self-atomic energies, eV; energies are predicted relative to them. Empty: nothing is subtracted.
+        Self-atomic energies, eV, or `ReferenceEnergies`; energies are predicted relative to them. Empty: nothing is
+        subtracted.
     predict : callable
         `Predict`.
     notes : list of str
@@ -79,14 +81,9 @@ class Predictor:
         """What to call the fidelity: its name, or its number."""
         return self.name or f"fidelity {self.fidelity}"
 
-    def reference(self, numbers: np.ndarray) -> np.ndarray:
-        """Sum of the self-atomic energies of molecules (k, N) -> (k,), eV."""
-        return reference_energy(numbers, self.sae)
-
-
-def reference_energy(numbers: np.ndarray, sae: Mapping[int, float]) -> np.ndarray:
-    """Sum of self-atomic energies of molecules (k, N) -> (k,), eV; zero if there are none."""
-    return sae_energy(numbers, sae) if sae else np.zeros(len(numbers))
+    def reference(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Reference energies of molecules as a dataset has them (`aimnet2mult.data.sae.reference_energy`), (k,), eV."""
+        return reference_energy(arrays, self.sae)
 
 
 def predict_totals(
@@ -109,7 +106,7 @@ def predict_totals(
 
     def predict(arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
         out = _results(function(_tensors(arrays, dtype, device)))
-        out["energy"] -= reference_energy(arrays["numbers"], sae)
+        out["energy"] -= reference_energy(arrays, sae)
         return out
 
     return predict
@@ -255,7 +252,8 @@ def _compiled_fidelity(
     metadata: Mapping[str, Any],
 ) -> Predictor:
     """One fidelity of a compiled model, with what its metadata say."""
-    fidelity, name, sae = int(metadata.get("fidelity_level", 0)), metadata.get("fidelity_name"), metadata["sae"]
+    fidelity, name = int(metadata.get("fidelity_level", 0)), metadata.get("fidelity_name")
+    sae = ReferenceEnergies(metadata["sae"], **metadata.get("sae_terms", {}))
     predict = predict_totals(function, dtype, device, sae)
     predictor = Predictor(title, fidelity, name, sorted(metadata["species"]), sae, predict)
     embedded = metadata.get("dispersion") or {}
@@ -286,7 +284,7 @@ def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:
     names = {f: known.get(f) for f in range(layout.num_fidelities)}
 
     def predictor(fidelity: int) -> Predictor:
-        sae = checkpoint["sae"].get(fidelity)
+        sae = ReferenceEnergies.from_table(checkpoint["sae"].get(fidelity) or {})
         if not sae:
             raise ValueError(f"{path}: holds no self-atomic energies of fidelity {fidelity}")
         model = deployable_model(checkpoint, fidelity, path).to(device).eval()

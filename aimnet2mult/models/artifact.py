@@ -34,6 +34,7 @@ from aimnet2mult.models.artifact_config import (
 )
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.models.safe_file import CheckpointError, check_weights
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.utils.files import atomic_path
 from aimnet2mult.utils.text import first_line
 
@@ -130,7 +131,7 @@ class ModelMetadata(TypedDict, total=False):
     species : dict
         {fidelity: atomic numbers}.
     sae : dict
-        {fidelity: {Z: eV}} to be added to the energies of the model; empty where they are inside.
+        {fidelity: `ReferenceEnergies`} to be added to the energies of the model; empty where they are inside.
     dispersion : dict
         {fidelity: ``d3_params``} of the D3(BJ) energies to be added.
     baked_sae : dict or None
@@ -159,7 +160,7 @@ class ModelMetadata(TypedDict, total=False):
     fidelity_offset: int
     fidelity_names: dict[int, str]
     species: dict[int, list[int]]
-    sae: dict[int, dict[int, float]]
+    sae: dict[int, ReferenceEnergies]
     dispersion: dict[int, D3Parameters]
     baked_sae: dict[int, float] | None
     level_of_theory: str | None

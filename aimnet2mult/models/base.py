@@ -34,6 +34,7 @@ from aimnet2mult.models.legacy import (
 )
 from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, is_type_table, num_types
 from aimnet2mult.models.safe_file import CheckpointError, is_torchscript, load_tensors
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.utils.devices import chosen_device
 from aimnet2mult.utils.files import atomic_path
 from aimnet2mult.utils.text import first_line
@@ -41,8 +42,12 @@ from aimnet2mult.utils.text import first_line
 DEFAULT_MODEL = Path(aimnet2mult.__file__).parent / "config" / "default_model.yaml"
 """The full-size model."""
 
-CHECKPOINT_VERSION = 1
-"""Version of the checkpoint format."""
+CHECKPOINT_VERSION = 2
+"""Newest version of the checkpoint format.
+
+Version 2 has reference energies with terms in charge and spin, which programs that know version 1 only must not leave
+out; they refuse it. Checkpoints without such terms are of version 1.
+"""
 
 
 def load_model_config(path: str | Path | None = None) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def save_checkpoint(
     fidelity_levels : mapping, optional
         Level of theory of each fidelity, in words.
     sae : mapping, optional
-        Self-atomic energies of each fidelity, {f: {Z: eV}}.
+        Self-atomic energies of each fidelity, {f: {Z: eV}}, or its `ReferenceEnergies`.
     species : mapping, optional
         Elements in the training data of each fidelity, {f: [Z]}.
     dispersion : mapping, optional
@@ -236,8 +241,9 @@ def save_checkpoint(
         Further entries of plain Python types and tensors (state of the training).
     """
     weights = model.state_dict() if isinstance(model, nn.Module) else model
+    references = {int(f): ReferenceEnergies.from_table(table) for f, table in (sae or {}).items()}
     checkpoint: dict[str, Any] = {
-        "format_version": CHECKPOINT_VERSION,
+        "format_version": CHECKPOINT_VERSION if any(reference.terms for reference in references.values()) else 1,
         "model": {key: value.detach().cpu() for key, value in weights.items()},
         **({} if model_config is None else {"model_config": _plain(model_config)}),
         "num_fidelities": int(num_fidelities),
@@ -245,7 +251,7 @@ def save_checkpoint(
         "use_fidelity_readouts": bool(use_fidelity_readouts),
         "fidelity_names": {int(f): str(name) for f, name in (fidelity_names or {}).items()},
         "fidelity_levels": {int(f): str(level) for f, level in (fidelity_levels or {}).items()},
-        "sae": {int(f): {int(z): float(e) for z, e in table.items()} for f, table in (sae or {}).items()},
+        "sae": {f: reference.table() for f, reference in references.items()},
         "species": {int(f): [int(z) for z in numbers] for f, numbers in (species or {}).items()},
         "dispersion": {
             int(f): {"labels": _plain(entry["labels"]), "subtracted": bool(entry["subtracted"])}
@@ -305,7 +311,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     Returns
     -------
     dict
-        ``model`` always holds the weights; the other entries of `save_checkpoint` are there if the file has them.
+        ``model`` always holds the weights; the other entries of `save_checkpoint` are there if the file has them,
+        ``sae`` as {f: table}, from which `ReferenceEnergies.from_table` makes reference energies.
 
     Raises
     ------
@@ -486,7 +493,7 @@ def describe_checkpoint(checkpoint: Mapping[str, Any], model: AIMNet2, chosen: S
     """Describe a model of some fidelities of a checkpoint that holds its configuration."""
     layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
     names = names_in_checkpoint(checkpoint, layout.num_fidelities)
-    sae = checkpoint.get("sae") or {}
+    sae = {f: ReferenceEnergies.from_table(table) for f, table in (checkpoint.get("sae") or {}).items()}
     species = checkpoint.get("species") or {f: list(table) for f, table in sae.items()}
     dispersion = {f: d3 for f in chosen if (d3 := subtracted_d3(checkpoint, f)) is not None}
     same = len(dispersion) == len(chosen) and all(d3 == dispersion[chosen[0]] for d3 in dispersion.values())
@@ -510,7 +517,7 @@ def describe_checkpoint(checkpoint: Mapping[str, Any], model: AIMNet2, chosen: S
         fidelity_offset=layout.offset,
         fidelity_names={f: names[f] for f in chosen},
         species={f: sorted(species[f]) for f in chosen if f in species},
-        sae={f: dict(sae[f]) for f in chosen if f in sae},
+        sae={f: sae[f] for f in chosen if f in sae},
         dispersion=dispersion,
         baked_sae=None,
         level_of_theory=levels.get(chosen[0]) if len(chosen) == 1 else None,

@@ -14,6 +14,7 @@ from aimnet2mult.models.artifact import D3_KEYS, D3Parameters
 from aimnet2mult.models.artifact_config import READOUTS, check_config, check_sizes, class_name, refuse, shown
 from aimnet2mult.models.mixed_fidelity_aimnet2 import fidelity_slice, is_type_table
 from aimnet2mult.models.safe_file import check_weights
+from aimnet2mult.reference_energies import TERMS
 
 OWN_READOUTS = (*READOUTS, "DFTD4")
 """Readouts that a checkpoint may name."""
@@ -66,7 +67,7 @@ def _check_tables(checkpoint: Mapping[str, Any]) -> None:
     """Entries that say something of each fidelity."""
     _check_mapping(checkpoint, "fidelity_names", _is_text, "text")
     _check_mapping(checkpoint, "fidelity_levels", _is_text, "text")
-    _check_mapping(checkpoint, "sae", lambda table: _is_table(table, _is_finite), "{Z: energy in eV}, finite")
+    _check_mapping(checkpoint, "sae", _is_reference, f"{{Z: energy in eV}}, finite, with {' or '.join(TERMS)}")
     _check_mapping(checkpoint, "species", _is_species, "a list of atomic numbers")
     _check_mapping(checkpoint, "dispersion", _is_ledger, "{labels, subtracted}")
 
@@ -98,8 +99,10 @@ def _is_species(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_whole, value))
 
 
-def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Mapping) and all(_is_whole(z) and fits(item) for z, item in value.items())
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        (_is_whole(key) or key in TERMS) and _is_finite(energy) for key, energy in value.items()
+    )
 
 
 def _is_ledger(value: Any) -> bool:

@@ -35,6 +35,7 @@ from aimnet2mult.models.legacy import (
 from aimnet2mult.models.potential import D3_CUTOFF, D3_SMOOTHING, Potential
 from aimnet2mult.models.safe_file import is_torchscript, load_tensors
 from aimnet2mult.modules import SelfAtomicEnergies
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.utils.devices import chosen_device
 
 
@@ -112,7 +113,7 @@ def _of_weights(path: Path, fidelity: int | str | None, trusted: Collection[str]
     content = load_tensors(path)
     if not is_artifact(content):
         checkpoint = checkpoint_content(content, path)
-        level = _chosen_fidelity(checkpoint, fidelity, path)
+        level = chosen_fidelity(checkpoint, fidelity, path)
         model = deployable_model(checkpoint, level, path)
         description = describe_checkpoint(checkpoint, model.model, [level])
         return Potential(model, description, description)
@@ -126,7 +127,14 @@ def _of_weights(path: Path, fidelity: int | str | None, trusted: Collection[str]
     return Potential(model, artifact.metadata, artifact.metadata)
 
 
-def _chosen_fidelity(checkpoint: Mapping[str, Any], asked: int | str | None, path: Path) -> int:
+def chosen_fidelity(checkpoint: Mapping[str, Any], asked: int | str | None, path: Path) -> int:
+    """Number of the fidelity of a checkpoint that a number or name stands for; may be left out if there is one.
+
+    Raises
+    ------
+    ValueError
+        There is no such fidelity, or several to choose from; names ``path``.
+    """
     count = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET).num_fidelities
     names = names_in_checkpoint(checkpoint, count)
     if asked is None and count == 1:
@@ -170,17 +178,18 @@ def deployable_model(
     CheckpointError
         Something that is needed is not in the checkpoint.
     """
-    config, sae = checkpoint.get("model_config"), (checkpoint.get("sae") or {}).get(fidelity)
-    absent = [what for value, what in ((config, "configuration"), (sae, "self-atomic energies")) if not value]
-    if absent or config is None or sae is None:
+    config, table = checkpoint.get("model_config"), (checkpoint.get("sae") or {}).get(fidelity)
+    absent = [what for value, what in ((config, "configuration"), (table, "self-atomic energies")) if not value]
+    if absent or config is None or table is None:
         raise CheckpointError(
             f"{path}: holds weights but no {' and no '.join(absent)} of fidelity {fidelity}. Compile it "
             "(tools.compile_jit, with --model and --sae) and use the .jpt"
         )
+    sae = ReferenceEnergies.from_table(table)
     layout = layout_of_weights(checkpoint["model"], checkpoint, FIDELITY_OFFSET)
     species = sorted((checkpoint.get("species") or {}).get(fidelity) or sae)
     network = single_fidelity_model(checkpoint, config, fidelity, layout.num_fidelities, layout.offset, trusted)
-    network.add_output("self_atomic_energies", SelfAtomicEnergies({z: sae[z] for z in species}))
+    network.add_output("self_atomic_energies", SelfAtomicEnergies(sae.restricted(species)))
     parameters = subtracted_d3(checkpoint, fidelity)
     if parameters is not None:
         d3 = DFTD3(**parameters)

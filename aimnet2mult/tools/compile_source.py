@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aimnet2mult.constants import ELEMENT_SYMBOLS, FIDELITY_OFFSET, element_names
-from aimnet2mult.data.sae import load_sae
+from aimnet2mult.data.sae import load_sae, reference_difference
 from aimnet2mult.dispersion import RationalDispersion
 from aimnet2mult.electrostatics import LRCoulomb
 from aimnet2mult.models.aimnet2 import AIMNet2
@@ -34,6 +34,7 @@ from aimnet2mult.models.jit_wrapper import DeployableModel
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.modules import SelfAtomicEnergies
 from aimnet2mult.nbops import BATCH_KEYS
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.tools.compile_options import ALL, Coulomb, Dispersion, ModelOptions, dispersion_to_embed
 
 logger = logging.getLogger(__name__)
@@ -250,15 +251,15 @@ def dispersion_by_fidelity(
     return {**chosen, **others}
 
 
-def self_atomic_energies(source: Source, fidelity: int) -> dict[int, float]:
-    """Self-atomic energies of a fidelity, {Z: eV}.
+def self_atomic_energies(source: Source, fidelity: int) -> ReferenceEnergies:
+    """Self-atomic energies of a fidelity, with their terms in charge and spin.
 
     Raises
     ------
     ValueError, FileNotFoundError
         None are known, or those on the command line differ from the checkpoint's; no such file.
     """
-    known: dict[int, float] | None = (source.checkpoint.get("sae") or {}).get(fidelity)
+    known = ReferenceEnergies.from_table((source.checkpoint.get("sae") or {}).get(fidelity) or {})
     path = source.sae.get(fidelity)
     if path is None:
         if not known:
@@ -268,13 +269,11 @@ def self_atomic_energies(source: Source, fidelity: int) -> dict[int, float]:
             )
         return known
     given = load_sae(path)
-    if known:
-        for z in sorted({*known, *given}):
-            if z not in known or z not in given or abs(known[z] - given[z]) > SAE_TOLERANCE:
-                raise ValueError(
-                    f"--sae {path}: the energy of {element_names([z])} differs from the one that fidelity {fidelity} "
-                    f"was trained with ({given.get(z, 'none')} against {known.get(z, 'none')} eV); leave the flag out"
-                )
+    if known and (differing := reference_difference(given, known, SAE_TOLERANCE)):
+        raise ValueError(
+            f"--sae {path}: the {differing[0]} differs from the one that fidelity {fidelity} was trained with "
+            f"({differing[1]}); leave the flag out"
+        )
     return given
 
 
@@ -423,7 +422,7 @@ def prepare(source: Source, fidelity: int, options: ModelOptions) -> Prepared:
         raise ValueError(f"{element_names(beyond)}: the embedding ends at Z = {network.num_types - 1}")
     coulomb = choose_coulomb_method(network, options.coulomb, title)
     check_finite(network, species, title)
-    network.add_output("self_atomic_energies", SelfAtomicEnergies({z: energies[z] for z in species}))
+    network.add_output("self_atomic_energies", SelfAtomicEnergies(energies.restricted(species)))
     embed_dispersion(network, dispersion, species)
 
     model = DeployableModel(network, species, title)
@@ -449,6 +448,7 @@ def prepare(source: Source, fidelity: int, options: ModelOptions) -> Prepared:
         "periodic": not reasons_against_cells(model),
         "coulomb": coulomb,
         "sae": {z: energies[z] for z in species},
+        **({"sae_terms": energies.terms} if energies.terms else {}),
         "labels_dispersion": None if ledger is None else dict(ledger["labels"]),
         "dispersion": described,
     }

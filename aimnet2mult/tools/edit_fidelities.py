@@ -21,6 +21,7 @@ import click
 
 from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_NAME, FIDELITY_OFFSET, MAX_ATOMIC_NUMBER, TYPES_PER_FIDELITY, element_names
+from aimnet2mult.reference_energies import TERMS, ReferenceEnergies
 from aimnet2mult.utils.cli import OrderedCommand, user_errors
 from aimnet2mult.utils.text import element_ranges, text_table
 
@@ -353,21 +354,22 @@ def _mean_of_rows(values: Sequence[Tensor], shares: Sequence[float], trained: Se
     return mean.to(values[0].dtype)
 
 
-def _common_sae(name: str, members: Sequence[Fidelity]) -> tuple[dict[int, float] | None, str]:
-    """Self-atomic energies that all members agree on, or why there are none."""
-    result: dict[int, float] = {}
+def _common_sae(name: str, members: Sequence[Fidelity]) -> tuple[dict[int | str, float] | None, str]:
+    """Self-atomic energies, and terms, that all members agree on, or why there are none."""
+    result: dict[int | str, float] = {}
     for member in members:
         if member.sae_problem:
             return None, member.sae_problem
         if "sae" not in member.known:
             return None, ""
-        for z, energy in member.known["sae"].items():
-            if abs(result.setdefault(z, energy) - energy) > SAE_TOLERANCE:
+        absent = {name: 0.0 for name in TERMS if name not in member.known["sae"]}
+        for key, energy in {**member.known["sae"], **absent}.items():
+            if abs(result.setdefault(key, energy) - energy) > SAE_TOLERANCE:
+                what = f"{key} terms" if isinstance(key, str) else f"self-atomic energies of {element_names([key])}"
                 return None, (
-                    f"the self-atomic energies of {element_names([z])} of the fidelities merged into {name} differ: "
-                    f"{result[z]:g} and {energy:g} eV"
+                    f"the {what} of the fidelities merged into {name} differ: {result[key]:g} and {energy:g} eV"
                 )
-    return dict(sorted(result.items())), ""
+    return ReferenceEnergies.from_table(result).table(), ""
 
 
 def _common_dispersion(name: str, members: Sequence[Fidelity], notes: list[str]) -> dict[str, Any] | None:
@@ -555,7 +557,7 @@ def _give_sae(parts: Parts, files: Mapping[str, str | Path]) -> None:
 
     for name, path in files.items():
         fidelity = parts.find(name, "--sae")
-        energies = load_sae(path)
+        energies = load_sae(path).table()
         if absent := [z for z in fidelity.known.get("species", []) if z not in energies]:
             raise ValueError(f"--sae: {path} has no energy of {element_names(absent)}, which {name} was trained on")
         parts.fidelities[parts.fidelities.index(fidelity)] = replace(
@@ -578,7 +580,8 @@ def report(parts: Parts) -> str:
         known = fidelity.known
         elements = element_ranges(known["species"]) if "species" in known else "not known"
         dispersion = _dispersion_text(known["dispersion"]) if "dispersion" in known else "not known"
-        about = elements, "yes" if "sae" in known else "no", known.get("fidelity_levels", "-"), dispersion
+        terms = "".join(f" + {name}" for name in TERMS if name in known.get("sae", {}))
+        about = elements, f"yes{terms}" if "sae" in known else "no", known.get("fidelity_levels", "-"), dispersion
         n_rows = fidelity.tables["afv.weight"][1:TYPES_PER_FIDELITY].numel()
         rows.append((str(f), fidelity.name, fidelity.origin, n_rows, sum(v.numel() for v in own), *about))
     header = ("", "name", "from", "embedding", "own readouts", "elements", "SAE", "level", "dispersion in labels")

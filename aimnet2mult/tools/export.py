@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from aimnet2mult.reference_energies import TERMS
 from aimnet2mult.tools.compile_options import choose_dispersion, dispersion_to_embed
 from aimnet2mult.utils.cli import user_errors
 
@@ -70,9 +71,9 @@ def export_model(
     Raises
     ------
     ValueError, FileNotFoundError, OSError
-        Flags that contradict the checkpoint, dispersion that would be counted twice, what format 2 has no place for, a
-        file that does not give what the model gives, files that are missing or cannot be written; nothing is written
-        then.
+        Flags that contradict the checkpoint, dispersion that would be counted twice, what format 2 has no place for
+        (such as reference energies with terms in charge or spin), a file that does not give what the model gives,
+        files that are missing or cannot be written; nothing is written then.
     """
     from aimnet2mult.models.artifact import write_artifact
     from aimnet2mult.models.base import single_fidelity_model
@@ -86,6 +87,12 @@ def export_model(
     title = source.title(fidelity)
     dispersion = _dispersion(source, fidelity, needs_dispersion, dispersion_functional)
     energies = self_atomic_energies(source, fidelity)
+    if energies.terms:
+        terms = " and ".join(f"{name} ({value:g} {TERMS[name]})" for name, value in energies.terms.items())
+        raise ValueError(
+            f"{title} has reference energies with terms in {terms}, for which format 2 has no place: its atomic shifts "
+            "know the elements only. Compile it (tools.compile_jit), or train with self-atomic energies alone"
+        )
     species = sorted((source.checkpoint.get("species") or {}).get(fidelity) or energies)
     if without := [z for z in species if z not in energies]:
         from aimnet2mult.constants import element_names

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from aimnet2mult.reference_energies import TERMS
 from aimnet2mult.utils.cli import user_errors
 
 if TYPE_CHECKING:
@@ -171,7 +172,13 @@ def _fidelity_lines(metadata: Mapping[str, Any]) -> list[Line]:
     lines.append(("Coulomb", _coulomb(metadata.get("coulomb"))))
     lines.append(("dispersion", _dispersion(metadata.get("dispersion") or {})))
     lines.append(("atomic energies", _energies(metadata.get("sae") or {})))
+    if metadata.get("sae_terms"):
+        lines.append(("reference terms", f"{_terms(metadata['sae_terms'])}, included in the energy"))
     return lines
+
+
+def _terms(terms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f} {TERMS[name]}" for name, value in terms.items())
 
 
 def _ranges(metadata: Mapping[str, Any]) -> str:
@@ -278,12 +285,16 @@ def _checkpoint_lines(metadata: Mapping[str, Any]) -> list[Line]:
     lines: list[Line] = [("parameters", f"{metadata['parameters']:,}")]
     lines.append(("fidelities", f"{count}, {own}" if count > 1 else "1"))
     for f in range(count):
-        species: Sequence[int] = (metadata.get("species") or {}).get(f) or (metadata.get("sae") or {}).get(f) or []
+        sae: Mapping[int | str, float] = (metadata.get("sae") or {}).get(f) or {}
+        terms = {str(key): energy for key, energy in sae.items() if key in TERMS}
+        species: Sequence[int] = (metadata.get("species") or {}).get(f) or [z for z in sae if isinstance(z, int)]
         level = (metadata.get("fidelity_levels") or {}).get(f)
         text = f"{level}; " if level else ""
         text += f"elements {element_ranges(sorted(species))}" if species else "elements are not stated"
-        if not (metadata.get("sae") or {}).get(f):
+        if not sae:
             text += "; no self-atomic energies"
+        if terms:
+            text += f"; reference terms {_terms(terms)}"
         lines.append((f"{f} ({names.get(f, 'no name')})", f"{text}; {_ledger(metadata, f)}"))
     lines += _training_lines(metadata)
     lines.append(("architecture", "inside" if metadata.get("model_config") else "not inside: --model is needed"))

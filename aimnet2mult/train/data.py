@@ -19,6 +19,7 @@ from aimnet2mult.data.sae import load_sae
 from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.data.splits import split_indices
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.train.processes import wait_for_all
 from aimnet2mult.train.schema import FidelityConfig, SamplerKwargsConfig, TrainConfig, named_fidelities
 from aimnet2mult.train.stop import ignore_requests
@@ -41,7 +42,7 @@ class Data:
     held_out : numpy.ndarray
         Molecules of ``train`` that a split chose for validation.
     sae : dict or None
-        Self-atomic energies, {f: {Z: eV}}.
+        Reference energies of each fidelity.
     record : dict
         What the run's ``data.json`` says about all of this.
     """
@@ -52,7 +53,7 @@ class Data:
     train_indices: np.ndarray
     val_indices: np.ndarray
     held_out: np.ndarray
-    sae: dict[int, dict[int, float]] | None
+    sae: dict[int, ReferenceEnergies] | None
     record: dict[str, Any]
 
     @property
@@ -186,7 +187,7 @@ def log_data(data: Data) -> None:
         logger.info("  the labels contain %s%s", dispersion, subtracted)
 
 
-def load_references(config: TrainConfig) -> dict[int, dict[int, float]] | None:
+def load_references(config: TrainConfig) -> dict[int, ReferenceEnergies] | None:
     """Read the SAE file of every fidelity; None without ``data.sae``."""
     if config.data.sae is None:
         logger.warning("data.sae is null: the model is trained on total energies")

@@ -180,7 +180,7 @@ def check_data(content: Mapping[str, Any], data: Data) -> None:
         Other fidelities, files with another content, or other self-atomic energies.
     """
     problems = changed_data(content["data"], data.record)
-    if content.get("sae", {}) != (data.sae or {}):
+    if content.get("sae", {}) != {f: reference.table() for f, reference in (data.sae or {}).items()}:
         problems.append("self-atomic energies are others than when the run began")
     if problems:
         raise ConfigError(

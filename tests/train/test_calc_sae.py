@@ -71,9 +71,9 @@ def test_sample_holds_every_element_of_the_file(dataset, tmp_path, seed):
 def test_sample_is_drawn_evenly_and_by_the_seed(dataset, monkeypatch):
     monkeypatch.setattr(module, "MIN_MOLECULES", 0)
     data = SizeGroupedDataset(dataset)
-    first, energies = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5))
-    again, _ = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5))
-    other, _ = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(6))
+    first, energies = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5))[1:3]
+    again = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(5)).counts
+    other = draw_sample(data, [1, 6, 8, 35], 400, np.random.default_rng(6)).counts
     assert len(first) == len(energies) == 400
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -82,10 +82,10 @@ def test_sample_is_drawn_evenly_and_by_the_seed(dataset, monkeypatch):
 
 def test_sample_does_not_depend_on_how_the_file_is_read(dataset, monkeypatch):
     data = SizeGroupedDataset(dataset)
-    whole, _ = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0))
+    whole = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0)).counts
     chunks = data.chunks
     monkeypatch.setattr(data, "chunks", lambda keys: chunks(keys, max_rows=17))
-    pieces, _ = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0))
+    pieces = draw_sample(data, [1, 6, 8, 35], 30, np.random.default_rng(0)).counts
     np.testing.assert_array_equal(whole, pieces)
 
 

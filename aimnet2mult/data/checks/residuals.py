@@ -10,7 +10,7 @@ from aimnet2mult.constants import MAX_ATOMIC_NUMBER
 from aimnet2mult.data.checks.findings import Thresholds
 from aimnet2mult.data.checks.rows import Marked, Molecules, RowCheck
 from aimnet2mult.data.checks.sample import Sample
-from aimnet2mult.data.sae import composition, fit_sae
+from aimnet2mult.data.sae import composition, fit_sae, terms_energy
 
 MIN_OF_COMPOSITION = 3
 """Molecules of one composition, charge and multiplicity that are compared with one another."""
@@ -69,6 +69,9 @@ class Residuals:
     ----------
     sae : numpy.ndarray
         (`MAX_ATOMIC_NUMBER` + 1,), eV; NaN for elements that are not known.
+    reference : mapping
+        The self-atomic energies with their terms in charge and spin, if there are any, which energies are compared
+        without (`aimnet2mult.reference_energies`).
     keys, centres : numpy.ndarray
         (g,) uint64, sorted, `aimnet2mult.data.checks.geometry.molecule_keys` of the compositions that are frequent,
         and their median residuals, eV.
@@ -83,6 +86,7 @@ class Residuals:
     """
 
     sae: np.ndarray
+    reference: Mapping[int, float] = field(default_factory=dict)
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     centres: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spread: float = np.inf
@@ -149,6 +153,7 @@ class Residuals:
     def mark(self, molecules: Molecules, limits: Thresholds) -> Marked:
         """Mark molecules whose energy is out of the ordinary; how bad: deviation from the others, eV."""
         residuals = np.asarray(molecules["energy"], np.float64) - self.sae[molecules["numbers"]].sum(axis=1)
+        residuals -= terms_energy(self.reference, molecules["charge"], molecules.mult, len(molecules))
         charges = np.rint(molecules["charge"]).astype(int)
         n_atoms = np.full(len(molecules), molecules.n_atoms)
         known = np.isfinite(residuals)
@@ -171,7 +176,8 @@ def fit_residuals(sample: Sample, sae: Mapping[int, float] | None = None) -> Res
     counts = np.concatenate([composition(numbers, elements) for numbers in sample.numbers])
     rows = Rows(
         counts,
-        np.concatenate(sample.energy),
+        np.concatenate(sample.energy)
+        - terms_energy(sae or {}, np.concatenate(sample.charge), np.concatenate(sample.mult), len(sample)),
         np.rint(np.concatenate(sample.charge)).astype(int),
         counts.sum(axis=1),
         np.concatenate(sample.keys),
@@ -184,7 +190,7 @@ def fit_residuals(sample: Sample, sae: Mapping[int, float] | None = None) -> Res
     rows = rows.subset(usable)
     if sae is None:
         return _fit_without_outliers(rows, elements)
-    result = Residuals(_sae_table(sae))
+    result = Residuals(_sae_table(sae), sae)
     result.measure(rows, rows.energies - result.sums(rows.counts, elements))
     return result
 

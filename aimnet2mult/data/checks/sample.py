@@ -27,8 +27,9 @@ class Sample:
 
     Attributes
     ----------
-    numbers, energy, charge, keys : list of numpy.ndarray
-        (k, N), (k,), (k,) and (k,) `aimnet2mult.data.checks.geometry.molecule_keys` for the molecules of one piece.
+    numbers, energy, charge, mult, keys : list of numpy.ndarray
+        (k, N), and (k,) each, `aimnet2mult.data.checks.geometry.molecule_keys` among them, for the molecules of one
+        piece.
     nearest : list of tuple of numpy.ndarray
         (m,) atomic numbers and distances of the atoms to their nearest neighbours, Å, for some molecules of a piece
         that hold `COVALENT` elements only.
@@ -40,6 +41,7 @@ class Sample:
         self.numbers: list[np.ndarray] = []
         self.energy: list[np.ndarray] = []
         self.charge: list[np.ndarray] = []
+        self.mult: list[np.ndarray] = []
         self.keys: list[np.ndarray] = []
         self.nearest: list[tuple[np.ndarray, np.ndarray]] = []
         self.force_rms: list[np.ndarray] = []
@@ -54,6 +56,7 @@ class Sample:
         self.numbers.append(np.asarray(molecules["numbers"], np.int16))
         self.energy.append(np.asarray(molecules["energy"], np.float64))
         self.charge.append(np.asarray(molecules["charge"], np.float64))
+        self.mult.append(molecules.mult)
         self.keys.append(molecules.keys)
         first = molecules.subset(slice(0, max(1, NEAREST_PAIRS // molecules.n_atoms**2)))
         first = first.subset(COVALENT[first["numbers"]].all(axis=1))
