@@ -10,6 +10,7 @@ from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sgdataset import DatasetError, SizeGroupedDataset, write_dataset
 from aimnet2mult.nbops import decode_fidelity
+from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.utils.units import HARTREE_EV
 
 TESTS = Path(__file__).parents[1]
@@ -66,6 +67,37 @@ def test_every_molecule_with_its_fidelity_and_residual_energy():
                 assert sample[key] is None
         sae = np.array([SAE[fidelity][z] for z in row["numbers"]])
         assert abs(sample["energy"] - (row["energy"] - sae.sum())) < 1e-10
+
+
+@pytest.mark.parametrize("x", [("coord", "numbers", "charge", "mult"), ("coord", "numbers")])
+def test_residual_without_terms_in_charge_and_spin(x):
+    """Terms take charge and multiplicity from the file, also where the model does not get them."""
+    reference = ReferenceEnergies(SAE[1], charge=4.75, spin=-1.5)
+    with_terms = MixedFidelityDataset({0: TINY[1]}, {0: reference}, x=x)
+    plain = MixedFidelityDataset({0: TINY[1]}, {0: SAE[1]})
+    stored = list(rows(SizeGroupedDataset(TINY[1])))
+    assert {row["charge"] for row in stored} == {-1.0, 0.0, 1.0}
+    indices = list(range(len(plain)))
+    for row, a, b in zip(stored, plain.__getitems__(indices), with_terms.__getitems__(indices), strict=True):
+        terms = 4.75 * float(row["charge"]) - 1.5 * (float(row["mult"]) - 1.0)
+        assert b["energy"] == pytest.approx(a["energy"] - terms, abs=1e-10)
+        assert set(b) == {*x, "energy", "forces", "charges", "spin_charges", "_fidelities"}
+
+
+def test_terms_refuse_a_charge_that_is_not_finite(tmp_path):
+    """It is no label: the molecule must not just count as one without energy."""
+    arrays = {
+        "coord": np.zeros((2, 1, 3), np.float32),
+        "numbers": np.ones((2, 1), np.int32),
+        "charge": np.array([0.0, np.nan], np.float32),
+        "energy": np.full(2, -13.6),
+    }
+    write_dataset(tmp_path / "nan.h5", {1: arrays})
+    sae = {0: ReferenceEnergies({1: -13.6}, charge=1.0)}
+    dataset = MixedFidelityDataset({0: tmp_path / "nan.h5"}, sae, x=("coord", "numbers"))
+    assert dataset[0]["energy"] == 0.0
+    with pytest.raises(DatasetError, match="row 1: charge is NaN or infinite"):
+        dataset[1]
 
 
 def test_residual_is_exact_on_heavy_molecules():

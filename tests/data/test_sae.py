@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aimnet2mult.data.sae import composition, fit_sae, load_sae, sae_energy, save_sae
+from aimnet2mult.reference_energies import ReferenceEnergies
 
 # Sizes of all-electron energies, where float32 would be off by some meV.
 ENERGIES = {1: -15.82, 6: -1036.17, 8: -2044.72, 35: -70038.65}
@@ -60,6 +61,11 @@ def test_saved_file_names_the_elements(tmp_path):
         ("1:", r"energy of H \(1\) is None"),
         ("1: [1.0]", r"energy of H \(1\) is \[1.0\]"),
         ("1: -0.5\n6: -38.0\n1: -0.6\n", "element 1 occurs twice, in lines 1 and 3"),
+        ("1: -0.5\ncharges: 3.0\n", "key 'charges' is not an atomic number from 1 to 118, nor charge or spin"),
+        ("charge: 3.0\nspin: 1.0\n", "no self-atomic energies"),
+        ("1: -0.5\ncharge: abc\n", r"term charge \(eV per elementary charge\) is 'abc'"),
+        ("1: -0.5\nspin: .inf\n", r"term spin \(eV per unpaired electron\) is inf"),
+        ("1: -0.5\ncharge: 3.0\ncharge: 3.0\n", "term charge occurs twice, in lines 2 and 3"),
     ],
 )
 def test_load_refuses_what_is_not_a_table_of_energies(tmp_path, text, message):
@@ -69,6 +75,23 @@ def test_load_refuses_what_is_not_a_table_of_energies(tmp_path, text, message):
         load_sae(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@given(*[st.floats(allow_nan=False, allow_infinity=False)] * 2)
+@settings(max_examples=50, deadline=None)
+def test_terms_are_saved_exactly(tmp_path_factory, charge, spin):
+    path = tmp_path_factory.mktemp("sae") / "sae.yaml"
+    save_sae(path, ReferenceEnergies(ENERGIES, charge, spin))
+    assert load_sae(path) == ReferenceEnergies(ENERGIES, charge, spin)
+
+
+def test_file_with_terms_is_refused_where_they_are_not_known(tmp_path):
+    """Earlier versions take atomic numbers only as keys."""
+    save_sae(tmp_path / "sae.yaml", ReferenceEnergies({1: -13.5}, charge=4.5))
+    assert (tmp_path / "sae.yaml").read_text().splitlines()[1:] == [
+        "1: -13.5  # H",
+        "charge: 4.5  # eV per elementary charge",
+    ]
 
 
 def test_load_names_a_missing_file(tmp_path):
@@ -240,3 +263,101 @@ def test_fit_on_real_all_electron_energies(request):
     assert fitted.residual_std < fitted.residual_std_all < 5.0
     assert fitted.n_molecules == 160
     assert fitted.sae[6] == pytest.approx(-1036, abs=3)
+
+
+# --- terms in charge and spin -------------------------------------------------------------------
+
+
+def charged_molecules(n: int, elements: list[int], seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Random molecules, and what terms multiply: charges of -1, 0 and 1, up to three unpaired electrons."""
+    rng = np.random.default_rng(seed)
+    terms = {"charge": rng.integers(-1, 2, n).astype(float), "spin": rng.integers(0, 4, n).astype(float)}
+    return random_molecules(n, elements, seed), terms
+
+
+def test_fit_recovers_exact_terms():
+    elements = list(ENERGIES)
+    numbers, terms = charged_molecules(300, elements)
+    reference = ReferenceEnergies(ENERGIES, charge=9.5, spin=-1.25)
+    energies = sae_energy(numbers, reference, terms["charge"], terms["spin"] + 1)
+    fitted = fit_sae(composition(numbers, elements), energies, elements, terms)
+    assert fitted.sae == pytest.approx(ENERGIES, abs=1e-8)
+    assert (fitted.sae.charge, fitted.sae.spin) == pytest.approx((9.5, -1.25), abs=1e-8)
+    assert (fitted.rank, fitted.inseparable) == (6, [])
+    one = fit_sae(
+        composition(numbers, elements), energies + 1.25 * terms["spin"], elements, {"charge": terms["charge"]}
+    )
+    assert (one.sae.charge, one.sae.spin) == (pytest.approx(9.5, abs=1e-8), 0.0)
+
+
+def test_standard_errors_and_condition_number():
+    """(AᵀA)⁻¹ and the condition number by their definitions; so few molecules of each kind that none is trimmed."""
+    elements = [1, 6, 8]
+    numbers, terms = charged_molecules(200, elements)
+    design = np.column_stack([composition(numbers, elements), *terms.values()])
+    energies = design @ [-13.0, -1030.0, -2040.0, 4.0, 1.0] + np.random.default_rng(1).normal(size=200)
+    fitted = fit_sae(composition(numbers, elements), energies, elements, terms)
+    x, squares, _, _ = np.linalg.lstsq(design, energies, rcond=None)
+    assert fitted.n_used == 200
+    assert [*fitted.sae.values(), fitted.sae.charge, fitted.sae.spin] == pytest.approx(x, abs=1e-8)
+    expected = np.sqrt(squares[0] / (200 - 5) * np.diag(np.linalg.inv(design.T @ design)))
+    assert list(fitted.standard_errors.values()) == pytest.approx(expected)
+    assert list(fitted.standard_errors) == [1, 6, 8, "charge", "spin"]
+    assert fitted.condition == pytest.approx(np.linalg.cond(design / np.linalg.norm(design, axis=0)))
+    assert "Rank 5 for 5 coefficients, condition number" in fitted.report()
+    assert not fitted.warnings()
+
+
+def test_ions_are_not_trimmed_wholesale():
+    """Ions of both signs lie 8 eV above the line, further than all else: 2 % of each kind go, and not all of them."""
+    elements = [1, 6, 8]
+    numbers = random_molecules(4000, elements)
+    charge = np.zeros(4000)
+    charge[:30], charge[30:60] = 1.0, -1.0
+    noise = np.random.default_rng(0).normal(0.0, 0.1, 4000)
+    energies = sae_energy(numbers, ENERGIES) + 5.0 * charge + 8.0 * np.abs(charge) + noise
+    fitted = fit_sae(composition(numbers, elements), energies, elements, {"charge": charge})
+    assert fitted.n_used == 4000 - 2 * int(0.02 * 3940)
+    assert fitted.sae.charge == pytest.approx(5.0, abs=0.1)
+    assert fitted.sae == pytest.approx({z: ENERGIES[z] for z in elements}, abs=0.05)
+
+
+def test_terms_that_the_data_do_not_determine_are_zero_and_said():
+    elements = [1, 8]
+    numbers = random_molecules(200, elements)
+    nothing = {"charge": np.zeros(200), "spin": np.zeros(200)}
+    fitted = fit_sae(composition(numbers, elements), sae_energy(numbers, ENERGIES), elements, nothing)
+    assert (fitted.sae.charge, fitted.sae.spin) == (0.0, 0.0)
+    assert fitted.warnings() == [
+        "Warning: no molecule is charged; the charge term is 0.",
+        "Warning: no molecule has unpaired electrons; the spin term is 0.",
+    ]
+    assert np.isnan(fitted.standard_errors["charge"])
+    ammonium = fit_sae(np.tile([4, 1], (50, 1)), np.full(50, -1500.0), [1, 7], {"charge": np.ones(50)})
+    assert ammonium.inseparable == [[1, 7, "charge"]]
+    assert "cannot separate the energies of H (1), N (7), charge" in ammonium.report()
+
+
+def test_few_molecules_and_vague_coefficients_are_warned_of():
+    elements = [1, 6, 8]
+    numbers = random_molecules(14, elements, seed=2)
+    energies = sae_energy(numbers, ENERGIES) + 3.0 * np.random.default_rng(0).normal(size=14)
+    few, vague = fit_sae(composition(numbers, elements), energies, elements).warnings()
+    assert "14 molecules for 3 coefficients, fewer than 5 for each" in few
+    assert "standard error of C (6), O (8) is above 0.5 eV" in vague
+    many = random_molecules(15, elements, seed=2)
+    assert not fit_sae(composition(many, elements), sae_energy(many, ENERGIES), elements).warnings()
+
+
+def test_weights_are_those_of_weighted_least_squares():
+    elements = [1, 6, 8]
+    numbers, terms = charged_molecules(120, elements, seed=3)
+    rng = np.random.default_rng(1)
+    energies = sae_energy(numbers, ENERGIES) + rng.normal(size=120)
+    weights = np.where(rng.random(120) < 0.5, 1.0, 0.05)
+    fitted = fit_sae(composition(numbers, elements), energies, elements, terms, weights)
+    design = np.column_stack([composition(numbers, elements), *terms.values()])
+    x = np.linalg.lstsq(design * weights[:, None], energies * weights, rcond=None)[0]
+    assert [*fitted.sae.values(), fitted.sae.charge, fitted.sae.spin] == pytest.approx(x, abs=1e-8)
+    residuals = (energies - design @ x)[weights == 1.0]
+    assert fitted.residual_rms == pytest.approx(np.sqrt((residuals**2).mean()))
