@@ -21,6 +21,7 @@ from aimnet2mult.data.checks.rows import pieces
 from aimnet2mult.data.sae import load_sae, sae_energy, save_sae
 from aimnet2mult.data.sgdataset import open_dataset, write_dataset
 from aimnet2mult.models.base import copy_model, load_checkpoint, load_model, load_model_config, save_checkpoint
+from aimnet2mult.models.exported import load_pt2
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.models.loading import load_potential
 from aimnet2mult.models.safe_file import CheckpointError
@@ -28,11 +29,16 @@ from aimnet2mult.modules import SelfAtomicEnergies
 from aimnet2mult.reference_energies import ReferenceEnergies
 from aimnet2mult.tools.check_data import main as check_data
 from aimnet2mult.tools.compile_jit import compile_model
+from aimnet2mult.tools.compile_pt2 import export_checkpoint
 from aimnet2mult.tools.edit_fidelities import main as edit_fidelities
 from aimnet2mult.tools.evaluate import main as evaluate
 from aimnet2mult.tools.export import export_model
 from aimnet2mult.tools.info import main as info
+from aimnet2mult.tools.verify import main as verify
+from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.resume import Job
 from aimnet2mult.train.resume import check_data as check_resumed
+from aimnet2mult.train.runner import run_training
 
 ELEMENTS = {1: -13.587, 6: -1029.476, 7: -1485.234, 8: -2041.789, 9: -2715.3, 17: -12518.7}
 CHARGE, SPIN = 4.75234567890123, -2.1098765432109
@@ -218,9 +224,17 @@ def test_potential_and_calculator(checkpoints, compiled, molecules):
     assert energies[1] - energies[0] == pytest.approx(CHARGE + SPIN, abs=1e-9)
 
 
-def test_golden_cases_hold_the_terms(compiled):
-    from aimnet2mult.tools.verify import main as verify
+@pytest.mark.slow
+def test_exported_program_adds_the_terms(checkpoints, compiled, molecules, tmp_path):
+    data = molecules(torch.float64)
+    path, _ = export_checkpoint(checkpoints[1], tmp_path / "m", fidelity_level=0, precision="float64")
+    model = load_jit_model(compiled[0])
+    model.module.double()
+    terms = load_pt2(path)(data)["energy"] - model(data)["energy"]
+    torch.testing.assert_close(terms, terms_of(data), rtol=0, atol=1e-7)
 
+
+def test_golden_cases_hold_the_terms(compiled):
     result = run(verify, compiled[1])
     assert result.exit_code == 0, result.output
 
@@ -310,6 +324,33 @@ def test_check_of_data_takes_the_terms_off(labelled, tmp_path):
     result = run(check_data, f"dft={labelled[1]}", "--sae", f"dft={tmp_path / 'terms.yaml'}")
     assert result.exit_code == 0, result.output
     assert "energy_outlier" not in result.output
+
+
+def test_training_learns_what_the_terms_leave(fixtures_dir, tmp_path):
+    """Training on labels with terms, and on labels without, gives the same network; the checkpoint holds the terms."""
+    source = open_dataset(fixtures_dir / "tiny_fid0.h5")
+    sae = {z: -1000.0 * z for z in source.elements}
+    for name, reference_energies in (("plain", ReferenceEnergies(sae)), ("terms", ReferenceEnergies(sae, 4.75, -2.5))):
+        groups = {}
+        for _, arrays in source.chunks(sorted(source.keys)):
+            terms = 4.75 * arrays["charge"] - 2.5 * (arrays["mult"] - 1.0) if name == "terms" else 0.0
+            arrays["energy"] = sae_energy(arrays["numbers"], sae) + np.round(arrays["forces"][:, 0, 0]) + terms
+            groups[arrays["numbers"].shape[1]] = arrays
+        write_dataset(tmp_path / f"{name}.h5", groups)
+        save_sae(tmp_path / f"{name}.yaml", reference_energies)
+        settings = [
+            f"data.fidelities.dft.files={tmp_path / name}.h5",
+            f"data.fidelities.dft.sae={tmp_path / name}.yaml",
+            *("device=cpu", "run_name=r", "report=false", "trainer.epochs=1"),
+            f"checkpoint.dirname={tmp_path / name}",
+            "data.samplers.train.kwargs.batches_per_epoch=2",
+        ]
+        job = Job(load_config(None, settings), load_model_config(fixtures_dir / "ref_single_model.yaml"))
+        run_training(job, tmp_path / f"{name}.pt", None)
+    plain, terms = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("plain", "terms"))
+    assert all(torch.equal(plain["model"][key], terms["model"][key]) for key in plain["model"])
+    assert plain["sae"] == {0: sae}
+    assert terms["sae"] == {0: {**sae, "charge": 4.75, "spin": -2.5}}
 
 
 # --- tools --------------------------------------------------------------------------------------

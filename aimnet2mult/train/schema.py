@@ -33,9 +33,14 @@ def option(meaning: str, default: Any = MISSING) -> Any:
 class SAEFilesConfig:
     """Self-atomic energies (SAE) that are subtracted from the energies, for fidelities without names."""
 
-    files: dict[int, Path] = option("fidelity 0, 1, ... -> YAML file {Z: eV}, made by aimnet2mult.train.calc_sae")
+    files: dict[int, Path] = option(
+        "fidelity 0, 1, ... -> YAML file {Z: eV, charge: eV/e, spin: eV/electron}, the last two optional, made by "
+        "aimnet2mult.train.calc_sae"
+    )
     file: Path | None = option("the one SAE file of a run with one dataset; null: see files")
-    mode: str = option("how energies are referenced: linreg (minus the sum of the SAE of the atoms)")
+    mode: str = option(
+        "how energies are referenced: linreg (minus the sum of the SAE of the atoms, and the terms of the file)"
+    )
 
 
 @dataclass
@@ -107,7 +112,9 @@ class FidelityConfig:
     val_files: list[Path] | None = option("the same for validation; null: a split of files, see val_fraction", None)
     weight: float = option("how often each of its molecules is drawn, relative to 1; 0: never", 1.0)
     sae: Path | None = option(
-        "YAML file {Z: eV}, made by aimnet2mult.train.calc_sae; needed unless data.sae is null", None
+        "YAML file {Z: eV, charge: eV/e, spin: eV/electron}, the last two optional, made by "
+        "aimnet2mult.train.calc_sae; needed unless data.sae is null",
+        None,
     )
     dispersion: Any = option(
         "what dispersion the labels contain: none, {d3bj: functional or parameters}, {d4: functional}, vv10, unknown; "
