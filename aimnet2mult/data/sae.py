@@ -10,6 +10,7 @@ YAML file ``{Z: eV}`` with optional keys ``charge`` and ``spin`` (`load_sae`, `s
 `sae_energy`. All of it is float64: all-electron energies reach -10⁵ eV, where float32 resolves no better than 8 meV.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class SAEFit:
                 sentences.append(f"Warning: the data do not determine the energy of {_names(group)}.")
                 continue
             sentences.append(
-                f"Warning: the data cannot separate the energies of {_names(group)}: these elements occur only "
+                f"Warning: the data cannot separate the energies of {_names(group)}: these occur only "
                 "in fixed proportions. Sums over molecules like those of the data are right; single values are the "
                 "smallest ones that fit, and molecules of other proportions need more data."
             )
@@ -646,14 +647,14 @@ def _without_tails(design: Design, residuals: np.ndarray) -> np.ndarray:
     if not design.terms.shape[1]:
         low, high = np.quantile(residuals, [TRIM, 1.0 - TRIM])
         return np.asarray((residuals >= low) & (residuals <= high))
+    order = np.lexsort((residuals, *design.terms.T))
+    changes = (np.diff(design.terms[order], axis=0) != 0.0).any(axis=1)
+    starts = np.concatenate(([0], np.flatnonzero(changes) + 1, [len(order)]))
     kept = np.ones(len(residuals), bool)
-    _, state = np.unique(design.terms, axis=0, return_inverse=True)
-    for number in range(state.max() + 1):
-        rows = np.flatnonzero(state.ravel() == number)
-        n_out = int(TRIM * len(rows))
-        order = rows[np.argsort(residuals[rows], kind="stable")]
-        kept[order[:n_out]] = False
-        kept[order[len(order) - n_out :]] = False
+    for first, last in itertools.pairwise(starts.tolist()):
+        n_out = int(TRIM * (last - first))
+        kept[order[first : first + n_out]] = False
+        kept[order[last - n_out : last]] = False
     return kept
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from aimnet2mult.constants import FIDELITY_OFFSET
+from aimnet2mult.constants import FIDELITY_OFFSET, element_names
 from aimnet2mult.data.base import INPUT_KEYS, MoleculeSource
 from aimnet2mult.data.checks.findings import Thresholds
 from aimnet2mult.data.checks.geometry import Fingerprints
@@ -88,6 +88,9 @@ def anchor_on_dataset(
     ValueError
         An element of the anchor without self-atomic energy, or no molecule that the two have in common.
     """
+    absent = [z for z in anchor.elements if z not in sae]
+    if absent:
+        raise DatasetError(f"--anchor-sae: no self-atomic energy of {element_names(absent)}, which {anchor.name} holds")
     n = len(dataset)
     prints = Fingerprints(np.zeros(n + len(anchor), np.uint64), np.full((n + len(anchor), 3), np.nan, np.float32))
     chosen = np.zeros(n, bool)

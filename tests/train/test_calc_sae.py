@@ -324,6 +324,22 @@ def test_options_of_anchors_that_do_not_go_together(two_levels, options, message
     refused(result, two_levels, message)
 
 
+def test_anchor_with_an_element_that_its_file_lacks(two_levels):
+    save_sae(two_levels / "other.yaml", {1: -13.5, 6: -58.1})
+    options = ["--anchor", two_levels / "other.h5", "--anchor-sae", two_levels / "other.yaml"]
+    result = run(two_levels / "target.h5", two_levels / "sae.yaml", *options)
+    refused(result, two_levels, "--anchor-sae: no self-atomic energy of O (8), which")
+
+
+def test_molecules_of_the_anchor_without_energy_do_not_count(two_levels):
+    with h5py.File(two_levels / "other.h5", "r+") as file:
+        file["005/energy"][:] = np.where(np.arange(60) < 30, np.nan, file["005/energy"][:])
+    anchor = {"anchor": two_levels / "other.h5", "anchor_sae": two_levels / "other.yaml"}
+    fit = calc_sae(two_levels / "target.h5", two_levels / "sae.yaml", terms=("charge", "spin"), **anchor)
+    assert 30 <= fit.n_full_weight < 60
+    assert as_list(fit.sae) == pytest.approx(as_list(TARGET), abs=0.2)
+
+
 def test_anchor_without_common_molecules(two_levels, tmp_path):
     write_dataset(tmp_path / "far.h5", charged_groups(np.full((3, 7), 6), np.zeros(3), OTHER, seed=1))
     options = ["--anchor", tmp_path / "far.h5", "--anchor-sae", two_levels / "other.yaml"]
