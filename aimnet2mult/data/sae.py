@@ -13,7 +13,7 @@ YAML file ``{Z: eV}`` with optional keys ``charge`` and ``spin`` (`load_sae`, `s
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,8 @@ class SAEFit:
         Molecules that determine the coefficients, each counted by the square of its weight.
     anchor : str
         What was subtracted from the energies before the fit, in words; empty if nothing was.
+    left_out : dict
+        Term that was not fitted -> number of molecules that it would matter for, where they were counted.
     """
 
     sae: ReferenceEnergies
@@ -100,17 +102,19 @@ class SAEFit:
     standard_errors: dict[int | str, float]
     n_full_weight: float
     anchor: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def report(self) -> str:
         """Return a table of the coefficients, the spread of the residuals and the warnings, as text."""
         lines = [f"{'element':<10}{'SAE / eV':>20}{'std. error':>12}{'molecules':>12}{'atoms':>12}"]
         for z, energy in self.sae.items():
             name = f"{ELEMENT_SYMBOLS[z]} ({z})"
-            counted = f"{self._error(z)}{self.molecules[z]:>12d}{self.atoms[z]:>12d}"
-            lines.append(f"{name:<10}{energy:>20.6f}{counted}")
+            columns = f"{self._error(z)}{self.molecules[z]:>12d}{self.atoms[z]:>12d}"
+            lines.append(f"{name:<10}{energy:>20.6f}{columns}")
         for name in self.terms:
-            counted = f"{self._error(name)}{self.molecules[name]:>12d}"
-            lines.append(f"{name:<10}{getattr(self.sae, name):>20.6f}{counted}  ({TERMS[name]})")
+            columns = f"{self._error(name)}{self.molecules[name]:>12d}"
+            lines.append(f"{name:<10}{getattr(self.sae, name):>20.6f}{columns}  ({TERMS[name]})")
+        counted = "molecules with a counterpart" if self.anchor else "all molecules"
         n_trimmed = self.n_molecules - self.n_used
         lines += [
             "",
@@ -119,7 +123,7 @@ class SAEFit:
             f"{self.residual_std_all:.4f} eV",
             f"Second fit, without {n_trimmed} molecules of lowest and highest residual: "
             f"standard deviation {self.residual_std:.4f} eV",
-            f"Residuals of all molecules: RMS {self.residual_rms:.4f} eV, largest {self.residual_max:.4f} eV, "
+            f"Residuals of {counted}: RMS {self.residual_rms:.4f} eV, largest {self.residual_max:.4f} eV, "
             f"standard deviation per atom {self.residual_std_per_atom:.4f} eV",
             f"Rank {self.rank} for {len(self.molecules)} coefficients, condition number {self.condition:.3g}",
         ]
@@ -142,6 +146,13 @@ class SAEFit:
         for name in absent:
             what = {"charge": "is charged", "spin": "has unpaired electrons"}[name]
             sentences.append(f"Warning: no molecule {what}; the {name} term is 0.")
+        for name, n_molecules in self.left_out.items():
+            if n_molecules:
+                what = {"charge": "charged", "spin": "open-shell"}[name]
+                sentences.append(
+                    f"Note: {n_molecules} molecules are {what}. Where several levels of theory are trained together, "
+                    f"--{name}-term (for each of them) takes up what they differ by for these."
+                )
         for group in self.inseparable:
             if group[0] in absent:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 MIN_MOLECULES = 50
 """Molecules with each element that a sample holds at least, if the file has as many."""
-
-FACTORS = ("charge", "mult")
-"""Arrays that terms depend on."""
 
 
 def calc_sae(
@@ -99,12 +97,15 @@ def calc_sae(
             f"{dataset.name}: the energies of all molecules with {element_names(absent)} are NaN. "
             "Give some of them an energy, or remove them."
         )
+    fitted = {name: values for name, values in sample.terms.items() if name in terms}
     anchored = _anchored(dataset, sample.indices, anchor, anchor_sae, anchor_model, anchor_fidelity)
     if anchored is None:
-        fit = fit_sae(sample.counts, sample.energies, elements, sample.terms)
+        fit = fit_sae(sample.counts, sample.energies, elements, fitted)
     else:
         energies = sample.energies - anchored.energies
-        fit = fit_sae(sample.counts, energies, elements, sample.terms, anchored.weights, anchored.text)
+        fit = fit_sae(sample.counts, energies, elements, fitted, anchored.weights, anchored.text)
+    left_out = {name: int((np.abs(sample.terms[name]) > 0.0).sum()) for name in TERMS if name not in terms}
+    fit = replace(fit, left_out=left_out)
     sampled = f" of {len(dataset)}" if len(sample.energies) < len(dataset) else ""
     more = f" and {len(dataset.files) - 1} more" if len(dataset.files) > 1 else ""
     comment = (
@@ -200,7 +201,7 @@ def draw_sample(
     rng : numpy.random.Generator
         Source of the keys.
     terms : collection of str
-        Terms whose factors to read.
+        Terms that are to be fitted.
 
     Returns
     -------
@@ -223,23 +224,23 @@ def draw_sample(
     keys = np.where(known, rng.random(n), np.inf)
     threshold = np.partition(keys, samples - 1)[samples - 1]
 
-    names = [name for name in TERMS if name in terms]
+    asked = [column for column, name in enumerate(TERMS) if name in terms]
     parts: list[tuple[np.ndarray, ...]] = []
     first = 0
     with tqdm(total=n, unit="molecule", unit_scale=True, desc="reading", disable=None, leave=False) as progress:
-        for _, arrays in dataset.chunks(("numbers", "energy", *FACTORS) if names else ("numbers", "energy")):
+        for _, arrays in dataset.chunks(("numbers", "energy", "charge", "mult")):
             rows = np.flatnonzero(known[first : first + len(arrays["energy"])])
             counts = composition(arrays["numbers"][rows], elements)
-            factors = np.column_stack([np.zeros((len(rows), 0)), *(_factor(arrays, name)[rows] for name in names)])
+            factors = np.column_stack([_factor(arrays, name)[rows] for name in TERMS])
             key = keys[first + rows]
-            drawn = (key <= threshold) | _smallest_of_each(np.hstack([counts, factors != 0.0]), key)
+            drawn = (key <= threshold) | _smallest_of_each(np.hstack([counts, factors[:, asked] != 0.0]), key)
             energies = arrays["energy"][rows].astype(np.float64)
             parts.append(tuple(values[drawn] for values in (first + rows, counts, energies, factors, key)))
             first += len(arrays["energy"])
             progress.update(len(arrays["energy"]))
     indices, counts, energies, factors, key = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    drawn = (key <= threshold) | _smallest_of_each(np.hstack([counts, factors != 0.0]), key)
-    columns = dict(zip(names, factors[drawn].T, strict=True))
+    drawn = (key <= threshold) | _smallest_of_each(np.hstack([counts, factors[:, asked] != 0.0]), key)
+    columns = dict(zip(TERMS, factors[drawn].T, strict=True))
     return Molecules(indices[drawn], counts[drawn], energies[drawn], columns)
 
 

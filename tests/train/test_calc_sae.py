@@ -191,6 +191,8 @@ def test_terms_are_off_unless_asked_for(two_levels):
         result = run(two_levels / "target.h5", two_levels / "sae.yaml", *options)
         assert result.exit_code == 0, result.output
         assert set(load_sae(two_levels / "sae.yaml").terms) == terms
+        assert ("molecules are charged. Where several" in result.output) == ("charge" not in terms)
+        assert ("molecules are open-shell. Where several" in result.output) == ("spin" not in terms)
 
 
 @pytest.mark.parametrize("reversed_order", [False, True])
