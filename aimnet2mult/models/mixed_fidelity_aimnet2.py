@@ -27,6 +27,12 @@ def is_type_table(key: str) -> bool:
     return key == "afv.weight" or key.endswith(".shifts.weight")
 
 
+def embedding_blocks(table: Tensor, num_fidelities: int, fidelity_offset: int) -> list[Tensor]:
+    """Rows of each fidelity in an embedding table, without that of padding (Z = 0): views (128, F)."""
+    firsts = [f * fidelity_offset for f in range(num_fidelities)]
+    return [table[first + 1 : first + TYPES_PER_FIDELITY] for first in firsts]
+
+
 class MixedFidelityAIMNet2(AIMNet2):
     """AIMNet2 whose element types, and readouts that learn, belong to a fidelity.
 
@@ -64,9 +70,9 @@ class MixedFidelityAIMNet2(AIMNet2):
         self.fidelity_offset = fidelity_offset
         self.use_fidelity_readouts = use_fidelity_readouts
         with torch.no_grad():
-            for f in range(1, num_fidelities):
-                rows = slice(f * fidelity_offset, f * fidelity_offset + TYPES_PER_FIDELITY)
-                self.afv.weight[rows] = self.afv.weight[:TYPES_PER_FIDELITY]
+            first, *others = embedding_blocks(self.afv.weight, num_fidelities, fidelity_offset)
+            for block in others:
+                block.copy_(first)
         learning = {name for name, module in self.outputs.items() if any(p.requires_grad for p in module.parameters())}
         # Consecutive readouts of one kind, (do they learn, names), in the order of the file.
         self.stages = [
@@ -146,6 +152,19 @@ class MixedFidelityAIMNet2(AIMNet2):
             full = full.index_copy(0, place, value).view([*data["numbers"].shape, *value.shape[1:]])
             data[key] = nbops.mask_padding(full, data)
         return data
+
+
+def has_shared_embedding(model: AIMNet2) -> bool:
+    """Tell whether each element has the same embedding row in all fidelities.
+
+    Then features, and the charges of the backbone, do not depend on the fidelity, and one pass of the backbone serves
+    the readouts of all. A model of one fidelity has it.
+    """
+    if not isinstance(model, MixedFidelityAIMNet2):
+        return True
+    first, *others = embedding_blocks(model.afv.weight.detach(), model.num_fidelities, model.fidelity_offset)
+    # Elements that are marked as unknown have NaN for a row.
+    return all(torch.allclose(block, first, rtol=0.0, atol=0.0, equal_nan=True) for block in others)
 
 
 def fidelity_slice(state_dict: Mapping[str, Tensor], fidelity: int, fidelity_offset: int) -> dict[str, Tensor]:

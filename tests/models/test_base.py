@@ -14,7 +14,7 @@ from aimnet2mult.models.base import (
     load_weights,
     save_checkpoint,
 )
-from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice
+from aimnet2mult.models.mixed_fidelity_aimnet2 import MixedFidelityAIMNet2, fidelity_slice, has_shared_embedding
 from aimnet2mult.nbops import encode_fidelity
 
 
@@ -42,6 +42,19 @@ def test_fidelities_start_equal_but_independent(small_config, molecules):
     heads = [dict(head.named_parameters()) for head in model.fidelity_readouts]
     for name in heads[0]:
         assert heads[0][name] is not heads[1][name]
+
+
+def test_one_row_of_one_element_decides_whether_the_embedding_is_shared(small_config, reference_model):
+    model = build_model(small_config, 3)
+    assert has_shared_embedding(model)
+    assert has_shared_embedding(reference_model("ref_single"))
+    assert not has_shared_embedding(reference_model("ref_mixed"))
+    table = model.afv.weight.detach()
+    table[[8, 208, 408]] = torch.nan  # the mark of an element that nobody knows
+    table[0] = 1.0  # padding belongs to no fidelity
+    assert has_shared_embedding(model)
+    table[400 + 6, 3] += 1e-6
+    assert not has_shared_embedding(model)
 
 
 @pytest.mark.parametrize("heads", [True, False])
