@@ -25,9 +25,11 @@ __all__ = [
     "DFTD3",
     "DFTD4",
     "MLP",
+    "AtomicScale",
     "AtomicShift",
     "AtomicSum",
     "BatchPart",
+    "ChargeCorrection",
     "Dipole",
     "DispParam",
     "Embedding",
@@ -112,12 +114,26 @@ class Output(nn.Module):
         Keys of the batch.
     mlp : mapping or nn.Module
         Further arguments of `MLP`, or a network.
+    zero_start : bool
+        An untrained network gives zero: its last layer starts at zero, and learns like any other.
     """
 
-    def __init__(self, n_in: int, n_out: int, key_in: str, key_out: str, mlp: Mapping[str, Any] | nn.Module) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        key_in: str,
+        key_out: str,
+        mlp: Mapping[str, Any] | nn.Module,
+        zero_start: bool = False,
+    ) -> None:
         super().__init__()
         self.key_in, self.key_out, self.n_out = key_in, key_out, n_out
         self.mlp = mlp if isinstance(mlp, nn.Module) else MLP(n_in=n_in, n_out=n_out, **mlp)
+        if zero_start:
+            last = [layer for layer in self.mlp.modules() if isinstance(layer, nn.Linear)][-1]
+            for weight in last.parameters():
+                nn.init.zeros_(weight)
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``; rows of padding atoms are zero."""
@@ -148,6 +164,79 @@ class AtomicShift(nn.Module):
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write ``key_out``; float64 if the table is."""
         data[self.key_out] = data[self.key_in] + self.shifts(data["numbers"]).squeeze(-1)
+        return data
+
+
+class AtomicScale(nn.Module):
+    """Multiply an atomic quantity by a learned factor per element type, which starts at one.
+
+    Parameters
+    ----------
+    key_in, key_out : str
+        Keys of the batch, (B, N) or (A,).
+    num_types : int
+        Rows of the table.
+    """
+
+    def __init__(self, key_in: str, key_out: str, num_types: int = 128) -> None:
+        super().__init__()
+        self.key_in, self.key_out = key_in, key_out
+        self.scales = nn.Embedding(num_types, 1, padding_idx=0)
+        nn.init.ones_(self.scales.weight)
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write ``key_out``; float64 if the table is."""
+        data[self.key_out] = data[self.key_in] * self.scales(data["numbers"]).squeeze(-1)
+        return data
+
+
+class ChargeCorrection(nn.Module):
+    """Add a correction per atom to the charges of the network, and keep the total charge (and spin) of each molecule.
+
+        q_i <- q_i + c_i - (Σ_j c_j) / n        over the n real atoms of the molecule
+
+    Charges of two methods differ: an `Output` before this module, of which each fidelity has its own, learns c from
+    the atomic features. What the corrections add up to is taken off all atoms alike rather than by their flexibility,
+    as `ops.nse` does: that needs no further learned quantity, loses no charge where the flexibilities are small, and a
+    correction of zero leaves the charges as they are to the last bit. As after `ops.nse`, a charge depends on the
+    whole molecule, however far apart its parts are.
+
+    Parameters
+    ----------
+    key_in : str
+        Corrections, e: (B, N) or (A,) of ``charges``; (B, N, 2) or (A, 2) of ``charges`` and ``spin_charges``. Keys
+        that begin with ``_`` do not leave the model.
+    """
+
+    def __init__(self, key_in: str = "_charge_correction") -> None:
+        super().__init__()
+        self.key_in = key_in
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Change ``charges``, and ``spin_charges`` if there are corrections of them.
+
+        Raises
+        ------
+        ValueError
+            Corrections of spin charges in a model with one charge channel, or of more than two kinds.
+        """
+        correction = data[self.key_in]
+        if correction.dim() == data["numbers"].dim():
+            correction = correction.unsqueeze(-1)
+        n_kinds = correction.shape[-1]
+        if n_kinds > (2 if "spin_charges" in data else 1):
+            raise ValueError(
+                f"{self.key_in} holds {n_kinds} corrections per atom; n_out of its readout must be 1 (charges), or 2 "
+                "with num_charge_channels: 2 (charges and spin charges)"
+            )
+        correction = correction.double()
+        total = nbops.mol_sum(nbops.mask_padding(correction, data), data)
+        n_atoms = nbops.mol_sum(nbops.real_atoms(data["numbers"]).double(), data).clamp(min=1.0)
+        mean = nbops.mol_expand(total / n_atoms.unsqueeze(-1), data)
+        correction = nbops.mask_padding(correction - mean, data)
+        for i, key in enumerate(["charges", "spin_charges"]):
+            if i < n_kinds:
+                data[key] = data[key] + correction[..., i].to(data[key].dtype)
         return data
 
 

@@ -21,13 +21,13 @@ from aimnet2mult.aev import (
 )
 from aimnet2mult.config.builder import MODEL_NAMESPACES, build_module, check_kwargs
 from aimnet2mult.interfaces import BatchModule, TensorModule
-from aimnet2mult.modules import MLP, AtomicShift, Embedding
+from aimnet2mult.modules import MLP, AtomicScale, AtomicShift, Embedding
 
 
 def build_outputs(outputs: Mapping[str, Any], num_types: int) -> nn.ModuleDict:
     """Readouts in the order of the file, from nodes ``{class, kwargs}`` or modules.
 
-    Tables over element types (`AtomicShift`) get ``num_types`` rows.
+    Tables over element types (`AtomicShift`, `AtomicScale`) get ``num_types`` rows.
     """
     modules: dict[str, nn.Module] = {}
     for name, node in outputs.items():
@@ -35,7 +35,7 @@ def build_outputs(outputs: Mapping[str, Any], num_types: int) -> nn.ModuleDict:
             modules[name] = node
             continue
         node = dict(node)
-        if str(node.get("class")).rpartition(".")[2] == AtomicShift.__name__:
+        if str(node.get("class")).rpartition(".")[2] in (AtomicShift.__name__, AtomicScale.__name__):
             node["kwargs"] = {"num_types": num_types, **(node.get("kwargs") or {})}
         modules[name] = build_module(node, MODEL_NAMESPACES, f"outputs.{name}")
     return nn.ModuleDict(modules)

@@ -110,7 +110,7 @@ def published_config(config: Mapping[str, Any]) -> dict[str, Any]:
     outputs = {}
     for name, node in config["kwargs"]["outputs"].items():
         cls = class_name(node)
-        own = {key: value for key, value in (node.get("kwargs") or {}).items() if key != "num_types"}
+        own = {k: value for k, value in (node.get("kwargs") or {}).items() if k not in ("num_types", "zero_start")}
         outputs[name] = {"class": f"{PUBLISHED_PLACES.get(cls, READOUT_PLACES[0])}.{cls}", "kwargs": own}
     return {"class": NETWORK_NAMES[0], "kwargs": {**kwargs, "outputs": outputs}}
 

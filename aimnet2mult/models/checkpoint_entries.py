@@ -16,7 +16,7 @@ from aimnet2mult.models.mixed_fidelity_aimnet2 import fidelity_slice, is_type_ta
 from aimnet2mult.models.safe_file import check_weights
 from aimnet2mult.reference_energies import TERMS
 
-OWN_READOUTS = (*READOUTS, "DFTD4")
+OWN_READOUTS = (*READOUTS, "DFTD4", "AtomicScale", "ChargeCorrection")
 """Readouts that a checkpoint may name."""
 
 MAX_FIDELITIES = 1000

@@ -23,8 +23,8 @@ def num_types(num_fidelities: int, fidelity_offset: int = FIDELITY_OFFSET) -> in
 
 
 def is_type_table(key: str) -> bool:
-    """Tell whether a state-dict key holds one row per element type (embedding, atomic shifts)."""
-    return key == "afv.weight" or key.endswith(".shifts.weight")
+    """Tell whether a state-dict key holds one row per element type (embedding, atomic shifts and scales)."""
+    return key == "afv.weight" or key.endswith((".shifts.weight", ".scales.weight"))
 
 
 def embedding_blocks(table: Tensor, num_fidelities: int, fidelity_offset: int) -> list[Tensor]:

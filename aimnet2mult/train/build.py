@@ -14,6 +14,7 @@ from aimnet2mult.train.fidelity_specific_utils import start_from_checkpoint
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.metrics import RegMultiMetric
 from aimnet2mult.train.schema import TrainConfig
+from aimnet2mult.train.sharing import start_independently
 from aimnet2mult.train.utils import accepted_keywords
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def build_network(config: TrainConfig, model_config: Mapping[str, Any], data: Da
                     f"data.fidelities.{name}.subtract_dispersion: the model has a dispersion energy among its outputs, "
                     "which would then be added to labels without dispersion. Remove one of the two"
                 )
+    if config.sharing.start == "independent":
+        start_independently(model, model_config, embedding=config.sharing.embedding == "own")
     if load is not None:
         checkpoint = load_checkpoint(load)
         try:

@@ -5,13 +5,14 @@ section ``data`` are in `config_checks_data`, those of what is named by class (l
 `config_checks_parts`, all others here. Where a part of the run has a rule of its own, the check asks that part.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from aimnet2mult.config.builder import ConfigError
+from aimnet2mult.config.builder import ConfigError, nearest
 from aimnet2mult.constants import TYPES_PER_FIDELITY
 from aimnet2mult.train import config_checks_data, config_checks_parts
 from aimnet2mult.train.acceleration import check_acceleration
@@ -22,7 +23,8 @@ from aimnet2mult.train.ema import WeightAverage
 from aimnet2mult.train.fidelity_specific_utils import fidelity_number
 from aimnet2mult.train.loggers import check_loggers
 from aimnet2mult.train.monitor import EarlyStopping, Monitor
-from aimnet2mult.train.schema import TrainConfig, named_fidelities
+from aimnet2mult.train.schema import ClosenessConfig, TrainConfig, named_fidelities
+from aimnet2mult.train.sharing import CLOSENESS, EMBEDDINGS, MEAN, STARTS
 
 LARGEST_SEED = 2**32 - 1
 """Numpy's global generator takes no larger one."""
@@ -109,6 +111,48 @@ def _check_freezing(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def _check_sharing(config: TrainConfig) -> Iterator[str]:
+    """Check how the fidelities share; which rows a checkpoint has is not known here."""
+    sharing, optimizer, names = config.sharing, config.optimizer, dict(enumerate(named_fidelities(config)))
+    for key, words in (("start", STARTS), ("embedding", EMBEDDINGS)):
+        if (word := getattr(sharing, key)) not in words:
+            yield f"sharing.{key}: {word!r} is not a choice; {nearest(word, words)}"
+    if sharing.embedding == "shared" and len(names) > 1:
+        if not config.use_fidelity_readouts:
+            yield (
+                "sharing.embedding: shared, and with use_fidelity_readouts: false the readouts too, so that nothing "
+                "would tell the fidelities apart. Change one of the two"
+            )
+        frozen = set(optimizer.freeze_fidelities)
+        if frozen and len(frozen) < len(names) and not _matches(optimizer.force_no_train, "afv.weight"):
+            yield (
+                f"optimizer.freeze_fidelities: {', '.join(sorted(frozen))} has the embedding rows of all (sharing."
+                "embedding: shared). Fix them for all with optimizer.force_no_train=['^afv'], or set "
+                "sharing.embedding=own"
+            )
+    if sharing.closeness is not None:
+        yield from _check_closeness(sharing.closeness, names)
+        if CLOSENESS in config.loss.kwargs.get("components", {}):
+            yield f"loss.kwargs.components.{CLOSENESS}: is the name of the penalty of sharing.closeness; choose another"
+
+
+def _check_closeness(closeness: ClosenessConfig, names: dict[int, str]) -> Iterator[str]:
+    if not (math.isfinite(closeness.weight) and closeness.weight >= 0):
+        yield f"sharing.closeness.weight: expected a number of 0 or more, found {closeness.weight}"
+    if closeness.decay is not None and closeness.decay < 1:
+        yield f"sharing.closeness.decay: expected 1 or more steps or null, found {closeness.decay}"
+    if closeness.to != MEAN:
+        yield from _refusal(fidelity_number, closeness.to, names, "sharing.closeness.to")
+
+
+def _matches(patterns: list[str], weight: str) -> bool:
+    """Whether any of the patterns finds a weight; one that is no regular expression is reported elsewhere."""
+    try:
+        return any(re.search(pattern, weight) for pattern in patterns)
+    except re.error:
+        return True
+
+
 # --------------------------------------------------------------------------------------------------
 # loop
 # --------------------------------------------------------------------------------------------------
@@ -177,6 +221,7 @@ CHECKS: tuple[Callable[[TrainConfig], Iterator[str] | list[str]], ...] = (
     _check_init_from,
     *config_checks_parts.CHECKS,
     _check_freezing,
+    _check_sharing,
     _check_trainer,
     _check_early_stopping,
     _check_checkpoint,

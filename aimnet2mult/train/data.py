@@ -62,6 +62,12 @@ class Data:
         return dict(enumerate(self.fidelities))
 
     @property
+    def train_counts(self) -> list[int]:
+        """Number of molecules of each fidelity to train on."""
+        found: list[int] = np.bincount(self.train.fidelities[self.train_indices], minlength=len(self.names)).tolist()
+        return found
+
+    @property
     def dispersion(self) -> dict[int, dict[str, Any]]:
         """What dispersion the labels of each fidelity contain, and whether it is subtracted from them."""
         return {f: known["dispersion"] for f, known in enumerate(self.record["fidelities"].values())}

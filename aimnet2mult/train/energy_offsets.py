@@ -17,7 +17,6 @@ from aimnet2mult.data.base import Sample
 from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.data.sae import composition
-from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.nbops import decode_fidelity
 
 ATOMS_PER_CALL = 1000
@@ -105,7 +104,7 @@ def start_atomic_shifts(
     list of str
         Lines for the log.
     """
-    tables = {key: value for key, value in model.named_parameters() if is_type_table(key) and key != "afv.weight"}
+    tables = {key: value for key, value in model.named_parameters() if key.endswith(".shifts.weight")}
     if not tables:
         return ["the model has no atomic shifts, which would take the difference of the energies per element"]
     training, lines = model.training, []

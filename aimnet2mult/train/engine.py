@@ -28,6 +28,7 @@ from aimnet2mult.modules import BatchPart
 from aimnet2mult.nbops import real_atoms
 from aimnet2mult.train.loss import MTLoss, label_mask
 from aimnet2mult.train.metrics import LossMetric, RegMultiMetric
+from aimnet2mult.train.sharing import CLOSENESS, Closeness
 
 Batch = dict[str, Tensor]
 
@@ -240,7 +241,8 @@ class StepResult:
     Attributes
     ----------
     losses : dict
-        ``loss`` and each component, over all batches of all processes; float64 scalars on the CPU.
+        ``loss`` and each component, over all batches of all processes; float64 scalars on the CPU. With a penalty of
+        closeness that is among them, and its share in ``loss``.
     grad_norm : Tensor
         Norm of the gradient of all weights together, before clipping; float64 scalar on the CPU.
     applied : bool
@@ -266,6 +268,7 @@ def make_step(
     max_grad_value: float | None = None,
     non_blocking: bool = False,
     precision: str = "float32",
+    closeness: Closeness | None = None,
 ) -> Step:
     """Make the function that takes one step of the optimiser.
 
@@ -293,6 +296,8 @@ def make_step(
         As in `prepare_batch`.
     precision : str
         ``trainer.precision``, a key of `BATCH_TYPES`; the model is already what it says.
+    closeness : Closeness, optional
+        Penalty between the weights of the fidelities, added once per step.
 
     Returns
     -------
@@ -328,18 +333,25 @@ def make_step(
         loss_fn.train()
         optimizer.zero_grad(set_to_none=True)
         values = backward(batches)
+        penalty = None if closeness is None else closeness.add_gradient()
         # With an infinite limit the norm is measured and nothing is clipped.
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
         values, finite = _agreed(values, norm)
+        loss, parts = loss_fn.combine(values), dict(zip(loss_fn.functions, values, strict=True))
+        if closeness is not None and penalty is not None:
+            loss = loss + closeness.weight * penalty
+            parts[CLOSENESS] = penalty
         # The one wait for the device in a step; the whole of it is queued by now.
-        report = torch.stack([finite, norm.to(values), loss_fn.combine(values), *values]).cpu()
+        report = torch.stack([finite, norm.to(values), loss, *parts.values()]).cpu()
         applied = bool(report[0])
         if applied:
             if max_grad_value is not None:
                 nn.utils.clip_grad_value_(parameters, max_grad_value)
             optimizer.step()
             loss_fn.adapt(values)
-        return StepResult(dict(zip(("loss", *loss_fn.functions), report[2:], strict=True)), report[1], applied)
+            if closeness is not None:
+                closeness.advance()
+        return StepResult(dict(zip(("loss", *parts), report[2:], strict=True)), report[1], applied)
 
     return step
 

@@ -36,6 +36,7 @@ from aimnet2mult.train.recorder import Recorder
 from aimnet2mult.train.run_folder import Checkpoints
 from aimnet2mult.train.schedule import Schedule
 from aimnet2mult.train.schema import TrainConfig
+from aimnet2mult.train.sharing import Closeness
 from aimnet2mult.train.state import random_states, set_random_states
 from aimnet2mult.train.stop import StopRequest
 
@@ -122,6 +123,8 @@ class Training:
         Where the run computes.
     stop : StopRequest
         Whether somebody asked the run to stop.
+    closeness : Closeness, optional
+        Penalty between the weights of the fidelities, which ``step`` adds.
     """
 
     config: TrainConfig
@@ -141,6 +144,7 @@ class Training:
     write: CheckpointWriter
     device: torch.device
     stop: StopRequest
+    closeness: Closeness | None = None
     position: Position = field(default_factory=Position)
     saved: float = field(default_factory=time.monotonic)
 
@@ -348,6 +352,7 @@ class Training:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "loss": self.loss_fn.state_dict(),
+            "closeness": None if self.closeness is None else self.closeness.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "sampler": self.sampler.state(self.position.batches),
             "checkpoints": self.checkpoints.state_dict(),
@@ -379,8 +384,8 @@ class Training:
         self.model.load_state_dict(weights if state["model"] is None else state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_fn.load_state_dict(state["loss"])
-        for name in ("schedule", "ema", "early_stopping"):
-            part, saved = getattr(self, name), state[name]
+        for name in ("schedule", "ema", "early_stopping", "closeness"):
+            part, saved = getattr(self, name), state.get(name)
             if part is not None and saved is not None:
                 part.load_state_dict(saved)
         set_random_states(state["random"], self.device)

@@ -43,6 +43,7 @@ from aimnet2mult.train.resume import Job, check_data
 from aimnet2mult.train.run_folder import Checkpoints, History, Resume, RunFolder
 from aimnet2mult.train.schedule import RunLength, Schedule, run_length
 from aimnet2mult.train.schema import CheckpointConfig, TrainConfig, to_dict, to_yaml
+from aimnet2mult.train.sharing import build_closeness, share_embedding
 from aimnet2mult.train.stop import StopRequest
 from aimnet2mult.train.utils import pick_device, seed_everything
 from aimnet2mult.utils.cli import USER_ERRORS, error_message
@@ -184,6 +185,9 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         check_data(job.resume.content, data)
     model = prepare_model(build_network(config, job.model_config, data, load), trainer).to(device)
     optimizer = build_optimizer(config.optimizer, model, data.names)
+    if config.sharing.embedding == "shared":
+        share_embedding(model, optimizer, data.names)
+    closeness = build_closeness(config.sharing.closeness, model, data.train_counts, data.names)
     loader, val_loader = build_loaders(config, data, device)
     length = length_of_run(config, loader)
     schedule = None
@@ -200,6 +204,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         device,
         max_grad_norm=clipping.max_norm,
         max_grad_value=clipping.max_value,
+        closeness=closeness,
         **moving,
     )
     evaluated = Forces(model if ema is None else ema.model)
@@ -239,6 +244,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         write=checkpoint_writer(job, data, model if ema is None else ema.model),
         stop=StopRequest(),
         device=device,
+        closeness=closeness,
     )
     return training, data
 

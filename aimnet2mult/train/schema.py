@@ -151,6 +151,33 @@ class DataConfig:
 
 
 @dataclass
+class ClosenessConfig:
+    """A penalty that keeps the fidelities close where their data are few."""
+
+    weight: float = option(
+        "how strongly: a weight decay of this size towards the target for the fidelity with the fewest molecules, less "
+        "for others in proportion to their numbers; 0 or more"
+    )
+    to: str = option("target: mean (of all fidelities), or the name of one, which does not feel the penalty", "mean")
+    decay: int | None = option("steps in which the weight falls to zero, linearly; null: it stays", None)
+
+
+@dataclass
+class SharingConfig:
+    """How the fidelities share."""
+
+    start: str = option(
+        "embedding rows and readouts of untrained fidelities: equal, or independent (random ones of its own for each); "
+        "copies of trained ones: --load and init_from"
+    )
+    embedding: str = option(
+        "own (each fidelity learns its own rows of each element), or shared (one row of an element for all: fidelities "
+        "differ by their readouts only)"
+    )
+    closeness: ClosenessConfig | None = option("penalty that keeps fidelities close to each other; null: none")
+
+
+@dataclass
 class LossConfig:
     """The loss."""
 
@@ -337,6 +364,7 @@ class TrainConfig:
     init_from: dict[str, str] = option(
         "fidelity -> fidelity of the checkpoint of --load that it starts from; others: same name, else the closest"
     )
+    sharing: SharingConfig = field(default_factory=SharingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
