@@ -1,5 +1,6 @@
 """What several tests need: the reference molecules, small models, tolerances."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -65,6 +66,56 @@ def reference_model():
             load_model_config(FIXTURES / f"{name}_model.yaml"), layout_of_weights(state, {}, 200).num_fidelities
         )
         load_weights(model, state)
+        return model.to(dtype).eval()
+
+    return build
+
+
+def with_charge_correction(config, zero_start=True):
+    """Configuration of a reference model with a scale of the energies and corrections of both kinds of charges."""
+    config = copy.deepcopy(config)
+    modules, outputs = "aimnet2mult.modules", config["kwargs"]["outputs"]
+    correction = {
+        **{"n_in": 32, "n_out": 2, "key_in": "aim", "key_out": "_charge_correction"},
+        **{"mlp": {"hidden": [16]}, "zero_start": zero_start},
+    }
+    nodes = {
+        "energy_mlp": outputs["energy_mlp"],
+        "atomic_scale": {"class": f"{modules}.AtomicScale", "kwargs": {"key_in": "energy", "key_out": "energy"}},
+        "charge_mlp": {"class": f"{modules}.Output", "kwargs": correction},
+        "charge_correction": {"class": f"{modules}.ChargeCorrection"},
+    }
+    config["kwargs"]["outputs"] = {**nodes, **outputs}  # Coulomb energies, which come last, see corrected charges
+    return config
+
+
+@pytest.fixture(scope="session")
+def corrected_config():
+    """Function: configuration of the reference models with `with_charge_correction`."""
+
+    def build(zero_start=True):
+        return with_charge_correction(load_model_config(FIXTURES / "ref_mixed_model.yaml"), zero_start)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def corrected_model(corrected_config):
+    """A fixture's model with scales and charge corrections, all of them random: ``ref_single`` or ``ref_mixed``."""
+    from aimnet2mult.train.fidelity_specific_utils import transfer_weights
+
+    def build(name, dtype=torch.float64):
+        checkpoint = load_checkpoint(FIXTURES / f"{name}.pt")
+        torch.manual_seed(2)
+        count = layout_of_weights(checkpoint["model"], {}, 200).num_fidelities
+        model = build_model(corrected_config(zero_start=False), count)
+        transfer_weights(model, checkpoint)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if key.endswith("scales.weight"):
+                    weight += 0.2 * torch.randn_like(weight)
+                elif ".charge_mlp." in key:
+                    weight += 0.1 * torch.randn_like(weight)
         return model.to(dtype).eval()
 
     return build

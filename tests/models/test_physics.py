@@ -31,12 +31,13 @@ class Scripted(torch.nn.Module):
         return self.model(data)
 
 
-@pytest.fixture(params=["single", "scripted", "mixed"])
-def evaluate(request, reference_model):
-    """Batch of plain atomic numbers -> results with forces, in float64."""
-    mixed = request.param == "mixed"
-    model = reference_model("ref_mixed" if mixed else "ref_single")
-    model = Forces(Scripted(model) if request.param == "scripted" else model).eval()
+@pytest.fixture(params=["single", "scripted", "mixed", "scripted corrected", "mixed corrected"])
+def evaluate(request, reference_model, corrected_model):
+    """Batch of plain atomic numbers -> results with forces, in float64; corrected: with `ChargeCorrection`, scales."""
+    mixed = "mixed" in request.param
+    build = corrected_model if "corrected" in request.param else reference_model
+    model = build("ref_mixed" if mixed else "ref_single")
+    model = Forces(Scripted(model) if "scripted" in request.param else model).eval()
 
     def run(data):
         if mixed:  # everything in fidelity 1
