@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from aimnet2mult.models.base import build_model, load_model_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,12 +65,29 @@ def test_schedule_in_the_page_on_training_is_valid(fixtures_dir, tmp_path):
     from aimnet2mult.train.configuration import load_config
 
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    (settings,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    settings, _ = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "train.yaml").write_text(textwrap.dedent("  " + settings.lstrip()), encoding="utf-8")
     files = [f"data.fidelities.dft.files={fixtures_dir / 'tiny_fid0.h5'}", "data.sae=null"]
     schedule = load_config(tmp_path / "train.yaml", files).scheduler
     assert schedule.kwargs["T_max"] == "total"
     assert schedule.warmup.iterations == 1000
+
+
+def test_readouts_in_the_page_on_training_and_in_the_example_make_a_model():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    _, readouts = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    config = load_model_config()
+    written = yaml.safe_load(readouts)["outputs"]
+    known = config["kwargs"]["outputs"]
+    config["kwargs"]["outputs"] = {name: known[name] if node == "..." else node for name, node in written.items()}
+    example = (ROOT / "examples" / "config" / "model.yaml").read_text(encoding="utf-8")
+    with_options = yaml.safe_load(re.sub(r"^    # (\s*\w+:.*)$", r"    \1", example, flags=re.MULTILINE))
+    for given in (config, with_options):
+        model = build_model(given, 2)
+        assert list(model.fidelity_readouts[1]) == ["energy_mlp", "atomic_scale", "atomic_shift", "charge_mlp"]
+        assert list(model.shared_readouts) == ["atomic_sum", "charge_correction", "lrcoulomb"]
+        out = model({"coord": torch.eye(3)[None], "numbers": torch.tensor([[208, 201, 201]])})
+        assert out["charges"].sum().abs() < 1e-5
 
 
 def test_settings_in_the_page_on_data_are_valid(tmp_path, monkeypatch):

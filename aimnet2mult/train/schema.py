@@ -156,7 +156,8 @@ class ClosenessConfig:
 
     weight: float = option(
         "how strongly: a weight decay of this size towards the target for the fidelity with the fewest molecules, less "
-        "for others in proportion to their numbers; 0 or more"
+        "for others in proportion to their numbers; 0 or more",
+        0.01,
     )
     to: str = option("target: mean (of all fidelities), or the name of one, which does not feel the penalty", "mean")
     decay: int | None = option("steps in which the weight falls to zero, linearly; null: it stays", None)

@@ -144,6 +144,28 @@ WRONG = {
         "data.fidelities.0",
         "does not begin with a digit",
     ),
+    "target of closeness": ("sharing.closeness.to=xbt", "sharing.closeness.to", "did you mean xtb?"),
+    # --- how fidelities share ---
+    "word of the start": ("sharing.start=independant", "sharing.start", "did you mean independent?"),
+    "start from a fidelity": ("sharing.start={dft: xtb}", "sharing.start", "expected a text"),
+    "embedding": ("sharing.embedding=common", "sharing.embedding", "known: own, shared"),
+    "nothing of their own": (
+        ["sharing.embedding=shared", "use_fidelity_readouts=false"],
+        "sharing.embedding",
+        "nothing would tell the fidelities apart",
+    ),
+    "frozen rows of all": (
+        ["sharing.embedding=shared", "optimizer.freeze_fidelities=[dft]"],
+        "optimizer.freeze_fidelities",
+        "optimizer.force_no_train=['^afv']",
+    ),
+    "negative closeness": ("sharing.closeness.weight=-1", "sharing.closeness.weight", "a number of 0 or more"),
+    "decay in no time": ("sharing.closeness.decay=0", "sharing.closeness.decay", "1 or more steps or null"),
+    "name of the penalty": (
+        ["sharing.closeness={}", f"{LOSS}.closeness={{fn: aimnet2mult.train.loss.energy_loss_fn, weight: 1}}"],
+        f"{LOSS}.closeness",
+        "choose another",
+    ),
     # --- metrics that there are not ---
     "metric of the plateau": ("scheduler.kwargs.metric_name=E_mse", "scheduler.kwargs.metric_name", "did you mean E_"),
     "metric in a sum": (
