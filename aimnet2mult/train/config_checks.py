@@ -123,10 +123,10 @@ def _check_sharing(config: TrainConfig) -> Iterator[str]:
                 "sharing.embedding: shared, and with use_fidelity_readouts: false the readouts too, so that nothing "
                 "would tell the fidelities apart. Change one of the two"
             )
-        frozen = set(optimizer.freeze_fidelities)
+        frozen = [name for f, name in names.items() if {name, str(f)} & set(optimizer.freeze_fidelities)]
         if frozen and len(frozen) < len(names) and not _matches(optimizer.force_no_train, "afv.weight"):
             yield (
-                f"optimizer.freeze_fidelities: {', '.join(sorted(frozen))} has the embedding rows of all (sharing."
+                f"optimizer.freeze_fidelities: {', '.join(frozen)} has the embedding rows of all (sharing."
                 "embedding: shared). Fix them for all with optimizer.force_no_train=['^afv'], or set "
                 "sharing.embedding=own"
             )

@@ -279,6 +279,6 @@ def build_closeness(
         return None
     target = None if config.to == MEAN else fidelity_number(config.to, names, "sharing.closeness.to")
     closeness = Closeness(model, counts, config.weight, target, config.decay)
-    shares = ", ".join(f"{names[f]} {factor:.3g}" for f, factor in closeness.factors.items())
-    logger.info("sharing.closeness: towards %s, shares of the weight %g: %s", config.to, config.weight, shares)
+    factors = ", ".join(f"{names[f]} {factor:.3g}" for f, factor in closeness.factors.items())
+    logger.info("sharing.closeness: towards %s with the weight %g, times: %s", config.to, config.weight, factors)
     return closeness

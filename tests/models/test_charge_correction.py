@@ -218,6 +218,40 @@ def test_fidelities_come_and_go(checkpoint, tmp_path, molecules):
         assert torch.equal(found["charges"], expected["charges"])
 
 
+@pytest.mark.parametrize("num_fidelities", [1, 2])
+def test_common_readouts_may_be_scaled_and_corrected_too(corrected_config, molecules, num_fidelities):
+    torch.manual_seed(0)
+    model = build_model(corrected_config(zero_start=False), num_fidelities, use_fidelity_readouts=False)
+    assert len(model.outputs["atomic_scale"].scales.weight) == len(model.afv.weight)
+    data = molecules(torch.float32)
+    last = num_fidelities - 1
+    before = model(of_fidelity(data, last))["energy"]
+    with torch.no_grad():
+        model.outputs["atomic_scale"].scales.weight[last * 200 + 6] = 3.0
+    changed = model(of_fidelity(data, last))["energy"] != before
+    assert torch.equal(changed, (data["numbers"] == 6).any(dim=1))
+
+
+def test_how_a_network_began_does_not_go_into_format_2(corrected_config, tmp_path):
+    config = corrected_config()
+    for name in ("atomic_scale", "charge_mlp", "charge_correction"):
+        del config["kwargs"]["outputs"][name]
+    config["kwargs"]["outputs"]["energy_mlp"]["kwargs"]["zero_start"] = True
+    torch.manual_seed(0)
+    save_checkpoint(
+        tmp_path / "model.pt",
+        build_model(config),
+        model_config=config,
+        num_fidelities=1,
+        fidelity_offset=200,
+        use_fidelity_readouts=True,
+        sae={0: {1: -13.6, 8: -2041.8}},
+        species={0: [1, 8]},
+    )
+    export_model(tmp_path / "model.pt", tmp_path / "out.pt")
+    assert "zero_start" not in torch.load(tmp_path / "out.pt", weights_only=True)["model_yaml"]
+
+
 def test_format_2_has_no_place_for_them(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"outputs\.atomic_scale: format 2 has no place for AtomicScale"):
         export_model(checkpoint, tmp_path / "out.pt", fidelity_level="dft")

@@ -155,7 +155,7 @@ WRONG = {
         "nothing would tell the fidelities apart",
     ),
     "frozen rows of all": (
-        ["sharing.embedding=shared", "optimizer.freeze_fidelities=[dft]"],
+        ["sharing.embedding=shared", "optimizer.freeze_fidelities=[dft, '0']"],
         "optimizer.freeze_fidelities",
         "optimizer.force_no_train=['^afv']",
     ),
