@@ -201,7 +201,7 @@ class Closeness:
         decay: int | None = None,
     ) -> None:
         self.target, self.decay, self.steps = target, decay, 0
-        self._model, self._weight = model, weight
+        self._model, self._weight, self._num_fidelities = model, weight, len(counts)
         drawn = {f: max(count, 1) for f, count in enumerate(counts) if f != target}
         self.factors = {f: min(drawn.values()) / count for f, count in drawn.items()}
 
@@ -212,11 +212,12 @@ class Closeness:
 
     def penalty(self) -> Tensor:
         """P without its factor, a float64 scalar with graph; exactly zero where all fidelities are equal."""
-        own = [fidelity_weights(self._model, f) for f in range(layout_of_model(self._model).num_fidelities)]
+        own = [fidelity_weights(self._model, f) for f in range(self._num_fidelities)]
         total = torch.zeros((), dtype=torch.float64, device=next(self._model.parameters()).device)
         for name in own[0]:
             weights = [theta[name] for theta in own]
-            target = (_mean(weights) if self.target is None else weights[self.target]).detach()
+            fixed = [weight.detach() for weight in weights]
+            target = _mean(fixed) if self.target is None else fixed[self.target]
             for f, factor in self.factors.items():
                 total = total + 0.5 * factor * (weights[f] - target).double().pow(2).sum()
         return total
