@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +31,8 @@ from aimnet2mult.utils.text import first_line
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config" / "default_train_mixed_fidelity.yaml"
 """The packaged settings."""
+
+S = TypeVar("S")
 
 
 def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -88,6 +90,49 @@ def load_config(path: str | Path | Mapping[str, Any] | None = None, overrides: S
     if problems:
         raise ConfigError("\n".join(problems))
     return resolved
+
+
+def read_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read the settings of another command, which dataclasses describe as those of a run.
+
+    Parameters
+    ----------
+    schema : type
+        A dataclass whose fields are made by `aimnet2mult.train.schema.option`.
+    path : str or Path
+        The YAML file, paths in it relative to its folder.
+    overrides : sequence of str
+        ``dotted.key=value``, the value as in YAML. Paths are relative to the working directory.
+
+    Returns
+    -------
+    object
+        Of the class ``schema``, with absolute paths. How its values fit together has not been checked.
+
+    Raises
+    ------
+    FileNotFoundError
+        No file at ``path``.
+    ValueError
+        Unknown keys and values of another type, one a line; or an option without default that is missing.
+    """
+    problems: list[str] = []
+    config = OmegaConf.structured(schema)
+    source = _source(path)
+    _apply_section(config, schema, source.data, "", source, problems)
+    for override in overrides:
+        data = _parse_override(override, problems)
+        key, _, text = override.partition("=")
+        source = _Source("command line", data, Path.cwd(), deep=True, literal=(key, text))
+        _apply_section(config, schema, data, "", source, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError("\n".join(f"{key}: is missing ({path})" for key in missing))
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, schema)
+    return settings
 
 
 def _source(path: str | Path | Mapping[str, Any]) -> "_Source":

@@ -1,0 +1,213 @@
+"""The target's molecules: those that validate, and nested subsets of the others.
+
+Structures of one molecule stay together. A molecule is what has the same ``mol_id``, where the files have this array,
+else the same composition, charge and multiplicity. Compositions that validate are in no subset.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aimnet2mult.constants import MAX_ATOMIC_NUMBER, element_names
+from aimnet2mult.data.base import MoleculeSource
+from aimnet2mult.data.sgdataset import DatasetError, write_dataset
+from aimnet2mult.data.splits import composition_hashes, key_hashes
+
+MOLECULE_KEY = "mol_id"
+"""Array of the files that says which molecule a structure is of."""
+
+BLANKS = {"mult": 1.0, "cell": 0.0}
+"""What stands for an array that some of the files lack; labels are NaN."""
+
+COMPOSITION_SEED = 0
+"""Seed of the hashes by which compositions are told apart."""
+
+
+def molecules(source: MoleculeSource) -> np.ndarray:
+    """Return a number for the molecule of each structure, (n,) int64 from 0, in the order of first appearance.
+
+    Raises
+    ------
+    ValueError
+        Some structures have no ``mol_id`` and others do, or it is not an integer or a string for each.
+    """
+    if MOLECULE_KEY in source.keys:
+        hashes, _ = key_hashes(source, MOLECULE_KEY, COMPOSITION_SEED)
+        identity = hashes[:, None]
+    else:
+        charge, mult = _state(source)
+        states = (charge.astype(np.int64) * 1000 + mult.astype(np.int64)).view(np.uint64)
+        identity = np.stack([composition_hashes(source, COMPOSITION_SEED), states], axis=1)
+    return _numbered(identity)
+
+
+def _state(source: MoleculeSource) -> tuple[np.ndarray, np.ndarray]:
+    """Charge and multiplicity of all structures, (n,) each."""
+    charge, mult = np.zeros(len(source)), np.ones(len(source))
+    for first, arrays in source.chunks(("charge", "mult")):
+        rows = slice(first, first + len(arrays["charge"]))
+        charge[rows] = np.round(arrays["charge"])
+        if "mult" in arrays:
+            mult[rows] = np.round(arrays["mult"])
+    return charge, mult
+
+
+def _numbered(identity: np.ndarray) -> np.ndarray:
+    """Number equal rows alike, in the order of first appearance: (n, k) -> (n,) int64."""
+    _, first, inverse = np.unique(identity, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return np.asarray(rank[inverse.reshape(-1)])
+
+
+def element_table(source: MoleculeSource) -> np.ndarray:
+    """Tell which elements each structure has, (n, 119) bool."""
+    table = np.zeros((len(source), MAX_ATOMIC_NUMBER + 1), bool)
+    for first, arrays in source.chunks(("numbers",)):
+        rows = np.arange(first, first + len(arrays["numbers"]))
+        table[rows[:, None], arrays["numbers"]] = True
+    return table
+
+
+def validation_structures(source: MoleculeSource, fraction: float, seed: int) -> np.ndarray:
+    """Choose the structures that validate, whole compositions of them.
+
+    A composition validates if its hash with the seed, in [0, 1), is below ``fraction``. If an element would then be
+    in no other composition, the one with this element and the largest hash does not validate.
+
+    Parameters
+    ----------
+    source : MoleculeSource
+        All structures of the target.
+    fraction : float
+        About what share of the compositions validates.
+    seed : int
+        Seed of the choice.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,) bool.
+
+    Raises
+    ------
+    ValueError
+        No structure or all of them would validate.
+    """
+    hashes = composition_hashes(source, seed)
+    validates = hashes < np.uint64(int(fraction * 2.0**64))
+    elements = element_table(source)
+    for z in np.flatnonzero(elements.any(axis=0)):
+        having = elements[:, z]
+        if not (having & ~validates).any():
+            validates &= hashes != hashes[having].max()
+    if not validates.any() or validates.all():
+        side = "training" if validates.all() else "validation"
+        raise ValueError(
+            f"validation.fraction: with {fraction} and seed {seed}, none of the {len(np.unique(hashes))} compositions "
+            f"of {source.name} is left for {side}; give another fraction or seed"
+        )
+    return validates
+
+
+def molecule_order(molecule: np.ndarray, elements: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+    """Put molecules into the order in which subsets take them: few with all elements first, then at random.
+
+    Parameters
+    ----------
+    molecule : numpy.ndarray
+        (n,) int, molecule of each structure, 0 to m - 1.
+    elements : numpy.ndarray
+        (n, 119) bool, elements of each structure.
+    seed : int
+        Seed of the order.
+
+    Returns
+    -------
+    order : numpy.ndarray
+        (m,) int64, a permutation of the molecules.
+    least : int
+        How many of its first molecules have all elements together.
+    """
+    order = np.random.default_rng(seed).permutation(int(molecule.max()) + 1)
+    has = np.zeros((len(order), elements.shape[1]), bool)
+    np.logical_or.at(has, molecule, elements)
+    cover = _cover(order, has)
+    return np.concatenate([cover, order[~np.isin(order, cover)]]), len(cover)
+
+
+def _cover(order: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """Molecules that have all elements together: each adds the most elements, the first of the order among equals."""
+    missing = has.any(axis=0)
+    chosen: list[int] = []
+    while missing.any():
+        gains = (has[order] & missing).sum(axis=1)
+        chosen.append(int(order[np.argmax(gains)]))
+        missing &= ~has[chosen[-1]]
+    return np.array(chosen, np.int64)
+
+
+def nested_subsets(
+    molecule: np.ndarray, elements: np.ndarray, fractions: Sequence[float], seed: int
+) -> dict[float, np.ndarray]:
+    """Choose subsets of the structures, each within the next.
+
+    Parameters
+    ----------
+    molecule, elements : numpy.ndarray
+        As in `molecule_order`.
+    fractions : sequence of float
+        Shares of the molecules, each in (0, 1].
+    seed : int
+        Seed of the order.
+
+    Returns
+    -------
+    dict of float to numpy.ndarray
+        Fraction -> structures, (n,) bool. A subset has at least as many molecules as are needed for all elements.
+    """
+    order, least = molecule_order(molecule, elements, seed)
+    sizes = {fraction: max(least, round(fraction * len(order)), 1) for fraction in fractions}
+    return {fraction: np.isin(molecule, order[:size]) for fraction, size in sizes.items()}
+
+
+def arrays_of(source: MoleculeSource, indices: np.ndarray) -> dict[int, dict[str, np.ndarray]]:
+    """Read structures as `aimnet2mult.data.sgdataset.write_dataset` takes them: number of atoms -> arrays.
+
+    Labels that some of the files lack are NaN for their structures.
+
+    Raises
+    ------
+    DatasetError
+        An array that is no number is in some of the files only.
+    """
+    pieces: dict[int, list[dict[str, np.ndarray]]] = {}
+    for _, arrays in source.read(np.sort(indices), sorted(source.keys)):
+        pieces.setdefault(arrays["numbers"].shape[1], []).append(arrays)
+    return {n_atoms: _joined(parts, source) for n_atoms, parts in sorted(pieces.items())}
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]], source: MoleculeSource) -> dict[str, np.ndarray]:
+    examples = {key: values for part in parts for key, values in part.items()}
+    joined = {}
+    for key, example in examples.items():
+        if example.dtype.kind != "f" and any(key not in part for part in parts):
+            raise DatasetError(f"{source.name}: {key} is in some of the files only. Give it to all, or to none.")
+        shape, blank = example.shape[1:], BLANKS.get(key, np.nan)
+        joined[key] = np.concatenate(
+            [part[key] if key in part else np.full((len(part["numbers"]), *shape), blank) for part in parts]
+        )
+    return joined
+
+
+def write_structures(path: Path, source: MoleculeSource, indices: np.ndarray) -> None:
+    """Write some structures of a dataset, (k,) int, as a dataset of its own in the units of the package."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_dataset(path, arrays_of(source, indices))
+
+
+def missing_elements(known: Sequence[int], needed: Sequence[int]) -> str:
+    """Name the elements of ``needed`` that are not among ``known``; empty if there are none."""
+    absent = sorted(set(needed) - set(known))
+    return element_names(absent) if absent else ""
