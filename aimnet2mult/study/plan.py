@@ -132,7 +132,7 @@ class Plan:
         return self.commands.reference(f"{RUNS}/sae/{_with(name, terms)}", self.commands.files[name], terms)
 
     def _pretraining(self) -> Iterator[Job]:
-        """Models of the other fidelities: trials of learning rates with the first seed, then all seeds with the best."""
+        """Models of the other fidelities: trials of learning rates with seed 0, then all seeds with the best."""
         for protocol in self.study.protocols:
             if self.study.kind(protocol) not in PRETRAINED:
                 continue

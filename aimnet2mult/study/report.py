@@ -133,8 +133,8 @@ class Report:
         lines = [
             f"- The model ({study.model.name}) and the settings of training ({study.train.name}), apart from what a "
             "protocol says.",
-            f"- The cost: {study.steps} optimiser steps for each point, batches of the same size. Pretraining counts; it "
-            "is done once for each seed and shared by the points of a protocol, and by protocols that pretrain alike.",
+            f"- The cost: {study.steps} optimiser steps for each point, batches of the same size. Pretraining counts; "
+            "it is done once for each seed and shared by the points of all protocols that pretrain alike.",
             "- The molecules: replicate k has the k-th nested order of the molecules and seed k in all protocols. A "
             "subset has whole molecules, and all elements.",
             f"- Validation: {self.plan.data.validation_structures} structures of the target, whole compositions that "

@@ -74,12 +74,18 @@ def learning_curve(
     plan = planned(config, output, overrides)
     threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
     workshop = Workshop(plan.folder, jobs, threads, device)
-    try:
-        workshop.run(plan.jobs())
-    finally:
+
+    def report() -> list[str]:
         rows, lacking = collect(plan, workshop)
         Report(plan, rows, lacking).write()
-    return [point.name for point in lacking]
+        return [point.name for point in lacking]
+
+    try:
+        workshop.run(plan.jobs())
+    except KeyboardInterrupt:
+        report()
+        raise
+    return report()
 
 
 def planned(config: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> Plan:
