@@ -34,13 +34,19 @@ def sum_of(predictors: Sequence[Predictor]) -> Predictor:
     import numpy as np
 
     from aimnet2mult.evaluation.models import Predictor
+    from aimnet2mult.reference_energies import ReferenceEnergies
 
     def predict(arrays: Mapping[str, np.ndarray], keys: Collection[str]) -> dict[str, np.ndarray]:
         parts = [predictor.predict(arrays, keys) for predictor in predictors]
         return {key: np.sum([part[key] for part in parts], axis=0) for key in SUMMED if key in parts[0]}
 
     species = set.intersection(*(set(predictor.species) for predictor in predictors))
-    sae = {z: sum(predictor.sae.get(z, 0.0) for predictor in predictors) for z in species}
+    references = [ReferenceEnergies.from_table(predictor.sae) for predictor in predictors]
+    sae = ReferenceEnergies(
+        {z: sum(reference.get(z, 0.0) for reference in references) for z in species},
+        charge=sum(reference.charge for reference in references),
+        spin=sum(reference.spin for reference in references),
+    )
     first = predictors[0]
     name = " + ".join(predictor.title for predictor in predictors)
     notes = [note for predictor in predictors for note in predictor.notes]

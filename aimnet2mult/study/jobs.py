@@ -157,8 +157,7 @@ class Workshop:
     def is_done(self, command: Command) -> bool:
         """Whether a command has been run with its inputs as they are now."""
         state = self.state(command.folder)
-        complete = (self.folder / command.folder / command.result).is_file()
-        return complete and state.get("status") == DONE and state["key"] == self.key(command)
+        return self._is_complete(command) and state.get("status") == DONE and state["key"] == self.key(command)
 
     # ------------------------------------------------------------------------------------------------
     # running
@@ -250,19 +249,29 @@ class Workshop:
     def _collect(self, clock: "_Clock") -> bool:
         """Settle a command that has ended; False if there is none."""
         for running in self._running:
-            pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
-            if pid == 0:
+            code = self._reap(running, FAILED)
+            if code is None:
                 continue
-            self._running.remove(running)
-            code = running.process.returncode = os.waitstatus_to_exitcode(status)
-            complete = (self.folder / running.command.folder / running.command.result).is_file()
-            good = code == 0 and complete
-            self._close(running, DONE if good else FAILED, usage.ru_utime + usage.ru_stime)
             log = self.folder / running.command.folder / OUTPUT
+            good = code == 0 and self._is_complete(running.command)
             self._finish(running.job, None if good else f"failed (status {code}): {_last_line(log)}; see {log}")
             clock.done(running.job, good)
             return True
         return False
+
+    def _reap(self, running: _Process, otherwise: str) -> int | None:
+        """Note how a command has ended, done or ``otherwise``, and return its exit status; None if it still runs."""
+        pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        code = running.process.returncode = os.waitstatus_to_exitcode(status)
+        good = code == 0 and self._is_complete(running.command)
+        self._close(running, DONE if good else otherwise, usage.ru_utime + usage.ru_stime)
+        self._running.remove(running)
+        return code
+
+    def _is_complete(self, command: Command) -> bool:
+        return (self.folder / command.folder / command.result).is_file()
 
     def _close(self, running: _Process, status: str, cpu_seconds: float) -> None:
         """Note how a command ended, and add its time to that of earlier attempts which it went on from."""
@@ -276,21 +285,28 @@ class Workshop:
         write_text_atomic(self.folder / command.folder / STATE, json.dumps({"command": line, **state}, indent=1) + "\n")
 
     def _stop(self) -> None:
-        """End the running commands; training runs write a checkpoint."""
+        """End the running commands; training runs write a checkpoint. A second Ctrl-C ends them at once."""
         if self._running:
             logger.info("stopping %d commands", len(self._running))
-        for running in self._running:
-            running.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
+        try:
+            self._signal(signal.SIGTERM)
+            while self._running and time.monotonic() < deadline:
+                self._reap_all()
+        except KeyboardInterrupt:
+            pass
+        self._signal(signal.SIGKILL)
+        while self._running:
+            self._reap_all()
+
+    def _signal(self, number: signal.Signals) -> None:
         for running in self._running:
-            try:
-                running.process.wait(max(0.0, deadline - time.monotonic()))
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                deadline = 0.0
-                running.process.kill()
-                running.process.wait()
-            self._close(running, STOPPED, 0.0)
-        self._running.clear()
+            running.process.send_signal(number)
+
+    def _reap_all(self) -> None:
+        for running in list(self._running):
+            self._reap(running, STOPPED)
+        time.sleep(POLL_SECONDS)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
