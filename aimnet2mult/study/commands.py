@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.data.sgdataset import expand_files
@@ -239,7 +239,11 @@ class Commands:
 
 def text(key: str, value: Any) -> str:
     """Return a setting as ``key=value`` for a command line, the value as YAML."""
-    plain = isinstance(value, str) and PLAIN_TEXT.fullmatch(value) and yaml.safe_load(value) == value
+    plain = (
+        isinstance(value, str)
+        and PLAIN_TEXT.fullmatch(value) is not None
+        and OmegaConf.from_dotlist([f"key={value}"])["key"] == value
+    )
     return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 

@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aimnet2mult
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset
 from aimnet2mult.utils.files import write_text_atomic
 
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 STATE, OUTPUT, LOCK = "job.json", "log.txt", ".lock"
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
+
+PACKAGE_ROOT = Path(aimnet2mult.__file__).resolve().parents[1]
+"""Folder that the package lies in."""
 
 POLL_SECONDS = 0.1
 """Time between looks at the running commands."""
@@ -133,6 +138,7 @@ class Workshop:
         self._finished: set[str] = set()
         self._running: list[_Process] = []
         self._lock: int | None = None
+        self._signals = 0
 
     # ------------------------------------------------------------------------------------------------
     # what is known of a command
@@ -166,25 +172,27 @@ class Workshop:
     def run(self, jobs: Sequence[Job]) -> None:
         """Run jobs, in their order as far as what they need is there.
 
-        A job that fails leaves a message in ``failures``, and so do those that need it. An exception, such as
-        KeyboardInterrupt, stops the running commands, which may write a checkpoint, and passes on.
+        A job that fails leaves a message in ``failures``, and so do those that need it. SIGINT (Ctrl-C) and SIGTERM
+        stop the running commands, which have `STOP_SECONDS` to write a checkpoint.
 
         Raises
         ------
         StudyError
             The folder is in use.
+        KeyboardInterrupt
+            The jobs were stopped.
         """
-        with self._locked():
+        with self._locked(), self._signals_counted():
             waiting = list(jobs)
             clock = _Clock(waiting)
             try:
                 while waiting or self._running:
-                    started = self._start_next(waiting, clock)
-                    if not started and not self._collect(clock):
+                    if self._signals:
+                        raise KeyboardInterrupt
+                    if not self._start_next(waiting, clock) and not self._collect(clock):
                         time.sleep(POLL_SECONDS)
-            except BaseException:
+            finally:
                 self._stop()
-                raise
 
     def _start_next(self, waiting: list[Job], clock: "_Clock") -> bool:
         """Start, or settle without starting, the first job that can be; False if there is none now."""
@@ -192,6 +200,7 @@ class Workshop:
             if any(name in self.failures for name in job.needs):
                 missing = next(name for name in job.needs if name in self.failures)
                 self._settle(job, waiting, f"needs {missing}, which failed")
+                logger.debug("%s: %s", job.name, self.failures[job.name])
                 return True
             if len(self._running) >= self.workers or not self._finished.issuperset((*job.needs, *job.after)):
                 continue
@@ -199,6 +208,7 @@ class Workshop:
                 command = job.make()
             except StudyError as error:
                 self._settle(job, waiting, str(error))
+                logger.error("%s: %s", job.name, error)
                 return True
             if any(other.command.folder == command.folder for other in self._running):
                 continue  # the same run, wanted by two jobs
@@ -219,7 +229,6 @@ class Workshop:
         self._finished.add(job.name)
         if failure is not None:
             self.failures[job.name] = failure
-            logger.error("%s: %s", job.name, failure)
 
     def _started(self, job: Job, command: Command) -> _Process:
         folder, state = self.folder / command.folder, self.state(command.folder)
@@ -237,7 +246,7 @@ class Workshop:
             process = subprocess.Popen(
                 arguments,
                 cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -245,6 +254,11 @@ class Workshop:
                 pass_fds=[] if self._lock is None else [self._lock],
             )
         return _Process(job, command, process)
+
+    def _environment(self) -> dict[str, str]:
+        """Environment of a command: it runs the package that the study itself runs, wherever that lies."""
+        path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.threads)}
 
     def _collect(self, clock: "_Clock") -> bool:
         """Settle a command that has ended; False if there is none."""
@@ -254,7 +268,10 @@ class Workshop:
                 continue
             log = self.folder / running.command.folder / OUTPUT
             good = code == 0 and self._is_complete(running.command)
-            self._finish(running.job, None if good else f"failed (status {code}): {_last_line(log)}; see {log}")
+            failure = None if good else f"failed (status {code}): {_last_line(log)}; see {log}"
+            self._finish(running.job, failure)
+            if failure is not None:
+                logger.error("%s: %s", running.job.name, failure)
             clock.done(running.job, good)
             return True
         return False
@@ -286,18 +303,34 @@ class Workshop:
 
     def _stop(self) -> None:
         """End the running commands; training runs write a checkpoint. A second Ctrl-C ends them at once."""
-        if self._running:
-            logger.info("stopping %d commands", len(self._running))
+        if not self._running:
+            return
+        logger.info("stopping %d commands", len(self._running))
         deadline = time.monotonic() + STOP_SECONDS
-        try:
-            self._signal(signal.SIGTERM)
-            while self._running and time.monotonic() < deadline:
-                self._reap_all()
-        except KeyboardInterrupt:
-            pass
+        self._signal(signal.SIGTERM)
+        while self._running and self._signals < 2 and time.monotonic() < deadline:
+            self._reap_all()
         self._signal(signal.SIGKILL)
         while self._running:
             self._reap_all()
+
+    @contextlib.contextmanager
+    def _signals_counted(self) -> Iterator[None]:
+        """Count SIGINT and SIGTERM instead of being interrupted by them, in the middle of whatever is being noted."""
+        self._signals = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: object) -> None:
+            self._signals += 1
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _signal(self, number: signal.Signals) -> None:
         for running in self._running:

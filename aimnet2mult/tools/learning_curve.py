@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -178,7 +177,6 @@ def main(
         plan = planned(config, output, overrides)
         click.echo(summary(plan, Workshop(plan.folder)))
         return
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         lacking = learning_curve(config, output, overrides, jobs=jobs, threads=threads, device=device)
     except StudyError as error:
@@ -190,11 +188,6 @@ def main(
     if lacking:
         click.echo("\n".join([f"{len(lacking)} points have no result:", *lacking]), err=True)
         sys.exit(EXIT_INCOMPLETE)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    """End as after Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Subsets of the target: nested, whole molecules, all elements, no composition that validates, the same each time."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -57,7 +59,7 @@ def test_molecules_by_their_own_key(tmp_path):
 
 def test_subsets_are_nested(molecule, elements):
     subsets = nested_subsets(molecule, elements, FRACTIONS, seed=3)
-    for small, large in zip(FRACTIONS[:-1], FRACTIONS[1:], strict=True):
+    for small, large in itertools.pairwise(FRACTIONS):
         assert (subsets[large] | ~subsets[small]).all()
         assert subsets[large].sum() > subsets[small].sum()
     assert subsets[1.0].all()
