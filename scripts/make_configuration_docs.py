@@ -1,26 +1,27 @@
-"""Write the tables of ``docs/configuration.md``: every option of a training run, and what may change when it goes on.
+"""Write the tables of options in ``docs``: those of a training run, what may change when it goes on, those of a study.
 
-Options, types and meanings come from `aimnet2mult.train.schema`, defaults from the packaged settings. The text around
-the tables is written by hand and is left alone.
+Options, types and meanings come from `aimnet2mult.train.schema` and `aimnet2mult.study.settings`, defaults of a run
+from the packaged settings. The text around the tables is written by hand and is left alone.
 
     python scripts/make_configuration_docs.py
 """
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from aimnet2mult.study.settings import StudyConfig
 from aimnet2mult.train.configuration import DEFAULT_CONFIG
 from aimnet2mult.train.resume import FREE_SETTINGS
 from aimnet2mult.train.schema import TrainConfig, yaml_key
 from aimnet2mult.utils.files import write_text_atomic
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 LONGEST_DEFAULT = 50
 """Characters of a default value that fit into the table."""
@@ -155,11 +156,20 @@ def meaning(entry: Field[Any]) -> str:
     return str(entry.metadata["meaning"])
 
 
-def option_tables() -> str:
+def run_options() -> str:
+    """Return the tables of the options of a training run."""
+    return option_tables(TrainConfig, yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8")))
+
+
+def study_options() -> str:
+    """Return the tables of the options of a study of learning curves."""
+    return option_tables(StudyConfig, None)
+
+
+def option_tables(schema: type, packaged: Any) -> str:
     """Return the tables of all options, one for each section."""
-    packaged = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
     rows: dict[str, list[Option]] = {}
-    for section, option in options(TrainConfig, packaged):
+    for section, option in options(schema, packaged):
         part = section.partition(".")[0]
         rows.setdefault(part, []).extend([] if option is None else [option])
     pieces = []
@@ -175,11 +185,14 @@ def free_settings() -> str:
     return "\n".join(f"- `{key.replace('*', '{name}')}`" for key in FREE_SETTINGS)
 
 
-BLOCKS = {"options": option_tables, "settings that may change": free_settings}
-"""What is made, by the name in its marks."""
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "configuration.md": {"options": run_options, "settings that may change": free_settings},
+    "learning_curves.md": {"options": study_options},
+}
+"""What is made in each page, by the name in its marks."""
 
 
-def updated(page: str) -> str:
+def updated(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     """Return the page with everything between the marks made anew.
 
     Raises
@@ -187,10 +200,10 @@ def updated(page: str) -> str:
     ValueError
         A mark is missing.
     """
-    for name, make in BLOCKS.items():
+    for name, make in blocks.items():
         begin, end = f"<!-- {name}: made by scripts/make_configuration_docs.py -->", f"<!-- end of {name} -->"
         if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"{DOCS}: expected the marks {begin} and {end} once each")
+            raise ValueError(f"expected the marks {begin} and {end} once each")
         before, rest = page.split(begin)
         after = rest.split(end)[1]
         page = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
@@ -198,9 +211,11 @@ def updated(page: str) -> str:
 
 
 def main() -> None:
-    """Write the page."""
-    write_text_atomic(DOCS, updated(DOCS.read_text(encoding="utf-8")))
-    print(DOCS)
+    """Write the pages."""
+    for name, blocks in PAGES.items():
+        path = DOCS / name
+        write_text_atomic(path, updated(path.read_text(encoding="utf-8"), blocks))
+        print(path)
 
 
 if __name__ == "__main__":

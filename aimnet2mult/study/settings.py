@@ -112,7 +112,7 @@ class StudyConfig:
 
     target: str = option("the fidelity whose error is studied")
     model: Path = option("YAML file of the model")
-    train: Path = option("YAML file of settings that all training runs share, without data.fidelities")
+    train: Path = option("YAML file of settings that all training runs share, without those of the data files")
     fidelities: dict[str, StudyFidelityConfig] = option("name -> fidelity; files of the target: pool and validation")
     test: list[Path] = option("HDF5 files of the target on which final models are tested, for the report only")
     protocols: dict[str, ProtocolConfig] = option("name -> protocol")
@@ -125,7 +125,9 @@ class StudyConfig:
     steps: int = option("optimiser steps of each point in all, pretraining included", 4000)
     validate_every: int = option("steps between validations; divides steps", 200)
     learning_rates: list[float] = option("learning rates to choose from", [1.0e-3, 2.0e-3, 4.0e-3])
-    tune_fractions: list[float] = option("fractions at which learning rates are tried; others take the nearest", [1.0])
+    tune_fractions: list[float] = option(
+        "fractions at which learning rates are tried; others take the nearest", [0.1, 1.0]
+    )
     score: ScoreConfig = field(default_factory=ScoreConfig)
     reference_lines: dict[str, ReferenceLineConfig] = option("name -> errors shown as horizontal lines", {})
 

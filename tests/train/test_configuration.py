@@ -53,11 +53,12 @@ def write(path, settings):
 
 
 def test_the_documentation_is_current():
-    page = DOCS.read_text(encoding="utf-8")
     script = runpy.run_path(str(SCRIPT))
-    assert script["updated"](page) == page, "run python scripts/make_configuration_docs.py"
-    with pytest.raises(ValueError, match="expected the marks"):
-        script["updated"](page.replace("<!-- end of options -->", ""))
+    for name, blocks in script["PAGES"].items():
+        page = (DOCS.parent / name).read_text(encoding="utf-8")
+        assert script["updated"](page, blocks) == page, "run python scripts/make_configuration_docs.py"
+        with pytest.raises(ValueError, match="expected the marks"):
+            script["updated"](page.replace("<!-- end of options -->", ""), blocks)
 
 
 def test_the_documentation_has_a_row_for_every_option():
