@@ -15,7 +15,7 @@ from aimnet2mult.data.sgdataset import fingerprint, open_dataset, write_dataset
 from aimnet2mult.study.geometries import difference_data
 from aimnet2mult.study.settings import DELTA, StudyConfig
 from aimnet2mult.study.subsets import (
-    element_table,
+    composition_table,
     missing_elements,
     molecules,
     nested_subsets,
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, RECORD, VALIDATION = "data", "record.json", "data/validation.h5"
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files: others are written anew."""
 
 
@@ -85,6 +85,11 @@ class StudyData:
     molecules: int
     validation_structures: int
     test_structures: int
+
+    @property
+    def sizes(self) -> dict[tuple[float, int], int]:
+        """Number of molecules of each subset of the target, by fraction and order."""
+        return {(subset.fraction, subset.order): subset.molecules for subset in self.subsets}
 
     def subset(self, fraction: float, order: int, low: str | None = None) -> Subset:
         """Return the subset of a fraction and an order, or its differences to another fidelity."""
@@ -166,7 +171,8 @@ def _write(
     validates = validation_structures(target, study.validation.fraction, study.validation.seed)
     pool = np.flatnonzero(~validates)
     _, molecule = np.unique(molecules(target)[pool], return_inverse=True)
-    elements = element_table(target)
+    composition = composition_table(target)
+    elements = composition > 0
     if absent := missing_elements(np.flatnonzero(elements[pool].any(axis=0)).tolist(), test.elements):
         raise ConfigError(f"test: molecules of {test.name} have {absent}, which no molecule to train on has")
     write_structures(folder / VALIDATION, target, np.flatnonzero(validates))
@@ -174,7 +180,7 @@ def _write(
     data = StudyData([], {low: [] for low in others}, len(pool), n_molecules, n_validation, len(test))
     for order in range(max(orders.values())):
         fractions = [fraction for fraction, count in orders.items() if order < count]
-        for fraction, rows in nested_subsets(molecule, elements[pool], fractions, order).items():
+        for fraction, rows in nested_subsets(molecule, composition[pool], fractions, order).items():
             file = f"{FOLDER}/f{fraction:g}_s{order}.h5"
             write_structures(folder / file, target, pool[rows])
             n_molecules = len(np.unique(molecule[rows]))

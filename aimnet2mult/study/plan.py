@@ -94,11 +94,23 @@ class Plan:
             for replicate, choice in enumerate(study.replicates(fraction))
         ]
         for point in sorted(every, key=lambda point: point.replicate):
-            if missing := self.subset(point).missing:
+            if larger := self._same_as_larger(point):
+                self.left_out.append(
+                    f"{point.name}: the molecules of fraction {larger:g} are the fewest that there can be"
+                )
+            elif missing := self.subset(point).missing:
                 low = study.low(point.protocol)
                 self.left_out.append(f"{point.name}: no {missing} among the geometries that {low} has, too")
             else:
                 self.points.append(point)
+
+    def _same_as_larger(self, point: Point) -> float | None:
+        """The next larger fraction, if it has the same molecules."""
+        larger = min((fraction for fraction in self.study.fractions if fraction > point.fraction), default=None)
+        if larger is None or (larger, point.order) not in self.data.sizes:
+            return None
+        sizes = self.data.sizes
+        return larger if sizes[larger, point.order] == sizes[point.fraction, point.order] else None
 
     def subset(self, point: Point) -> Subset:
         """What a point is trained on."""

@@ -20,6 +20,10 @@ MOLECULE_KEY = "mol_id"
 BLANKS = {"mult": 1.0, "cell": 0.0}
 """What stands for an array that some of the files lack; labels are NaN."""
 
+INDEPENDENT = (0.3, 0.03, 1e-6)
+"""A composition is independent of others if so much of it, relatively, is not in their span; the largest limit that
+leaves enough of them counts, so that they determine self-atomic energies well."""
+
 COMPOSITION_SEED = 0
 """Seed of the hashes by which compositions are told apart."""
 
@@ -61,12 +65,12 @@ def _numbered(identity: np.ndarray) -> np.ndarray:
     return np.asarray(rank[inverse.reshape(-1)])
 
 
-def element_table(source: MoleculeSource) -> np.ndarray:
-    """Tell which elements each structure has, (n, 119) bool."""
-    table = np.zeros((len(source), MAX_ATOMIC_NUMBER + 1), bool)
+def composition_table(source: MoleculeSource) -> np.ndarray:
+    """Count the atoms of each element in each structure, (n, 119) int32."""
+    table = np.zeros((len(source), MAX_ATOMIC_NUMBER + 1), np.int32)
     for first, arrays in source.chunks(("numbers",)):
         rows = np.arange(first, first + len(arrays["numbers"]))
-        table[rows[:, None], arrays["numbers"]] = True
+        np.add.at(table, (rows[:, None], arrays["numbers"]), 1)
     return table
 
 
@@ -97,7 +101,7 @@ def validation_structures(source: MoleculeSource, fraction: float, seed: int) ->
     """
     hashes = composition_hashes(source, seed)
     validates = hashes < np.uint64(int(fraction * 2.0**64))
-    elements = element_table(source)
+    elements = composition_table(source) > 0
     for z in np.flatnonzero(elements.any(axis=0)):
         having = elements[:, z]
         if not (having & ~validates).any():
@@ -111,15 +115,15 @@ def validation_structures(source: MoleculeSource, fraction: float, seed: int) ->
     return validates
 
 
-def molecule_order(molecule: np.ndarray, elements: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
-    """Put molecules into the order in which subsets take them: few with all elements first, then at random.
+def molecule_order(molecule: np.ndarray, composition: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+    """Put molecules into the order in which subsets take them: those that tell elements apart first, then at random.
 
     Parameters
     ----------
     molecule : numpy.ndarray
         (n,) int, molecule of each structure, 0 to m - 1.
-    elements : numpy.ndarray
-        (n, 119) bool, elements of each structure.
+    composition : numpy.ndarray
+        (n, 119) int, atoms of each element in each structure.
     seed : int
         Seed of the order.
 
@@ -128,34 +132,40 @@ def molecule_order(molecule: np.ndarray, elements: np.ndarray, seed: int) -> tup
     order : numpy.ndarray
         (m,) int64, a permutation of the molecules.
     least : int
-        How many of its first molecules have all elements together.
+        How many of its first molecules have all elements together, and compositions that determine the self-atomic
+        energies as well as all molecules do: the rank of the compositions.
     """
     order = np.random.default_rng(seed).permutation(int(molecule.max()) + 1)
-    has = np.zeros((len(order), elements.shape[1]), bool)
-    np.logical_or.at(has, molecule, elements)
-    cover = _cover(order, has)
-    return np.concatenate([cover, order[~np.isin(order, cover)]]), len(cover)
+    _, first = np.unique(molecule, return_index=True)
+    chosen = _independent(composition[first][order])
+    return np.concatenate([order[chosen], np.delete(order, chosen)]), len(chosen)
 
 
-def _cover(order: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """Molecules that have all elements together: each adds the most elements, the first of the order among equals."""
-    missing = has.any(axis=0)
+def _independent(compositions: np.ndarray) -> np.ndarray:
+    """Rows of (m, k) compositions that span all of them: the first ones in order, but for those nearly dependent."""
+    unit = compositions / np.linalg.norm(compositions, axis=1, keepdims=True)
+    rank = np.linalg.matrix_rank(unit)
+    left = unit.copy()  # what is not in the span of the rows that have been chosen
     chosen: list[int] = []
-    while missing.any():
-        gains = (has[order] & missing).sum(axis=1)
-        chosen.append(int(order[np.argmax(gains)]))
-        missing &= ~has[chosen[-1]]
+    for limit in INDEPENDENT:
+        while len(chosen) < rank:
+            norms = np.linalg.norm(left, axis=1)
+            row = int(np.argmax(norms > limit))
+            if norms[row] <= limit:
+                break
+            chosen.append(row)
+            left -= np.outer(left @ left[row], left[row]) / norms[row] ** 2
     return np.array(chosen, np.int64)
 
 
 def nested_subsets(
-    molecule: np.ndarray, elements: np.ndarray, fractions: Sequence[float], seed: int
+    molecule: np.ndarray, composition: np.ndarray, fractions: Sequence[float], seed: int
 ) -> dict[float, np.ndarray]:
     """Choose subsets of the structures, each within the next.
 
     Parameters
     ----------
-    molecule, elements : numpy.ndarray
+    molecule, composition : numpy.ndarray
         As in `molecule_order`.
     fractions : sequence of float
         Shares of the molecules, each in (0, 1].
@@ -165,9 +175,10 @@ def nested_subsets(
     Returns
     -------
     dict of float to numpy.ndarray
-        Fraction -> structures, (n,) bool. A subset has at least as many molecules as are needed for all elements.
+        Fraction -> structures, (n,) bool. A subset has at least as many molecules as are needed for
+        all elements and their self-atomic energies.
     """
-    order, least = molecule_order(molecule, elements, seed)
+    order, least = molecule_order(molecule, composition, seed)
     sizes = {fraction: max(least, round(fraction * len(order)), 1) for fraction in fractions}
     return {fraction: np.isin(molecule, order[:size]) for fraction, size in sizes.items()}
 
