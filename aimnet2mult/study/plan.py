@@ -96,7 +96,7 @@ class Plan:
         for point in sorted(every, key=lambda point: point.replicate):
             if larger := self._same_as_larger(point):
                 self.left_out.append(
-                    f"{point.name}: the molecules of fraction {larger:g} are the fewest that there can be"
+                    f"{point.name}: the molecules of fraction {larger:g} are the fewest possible"
                 )
             elif missing := self.subset(point).missing:
                 low = study.low(point.protocol)
