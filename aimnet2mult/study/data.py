@@ -19,6 +19,7 @@ from aimnet2mult.study.subsets import (
     missing_elements,
     molecules,
     nested_subsets,
+    reference_factors,
     validation_structures,
     write_structures,
 )
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, RECORD, VALIDATION = "data", "record.json", "data/validation.h5"
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files: others are written anew."""
 
 
@@ -171,8 +172,8 @@ def _write(
     validates = validation_structures(target, study.validation.fraction, study.validation.seed)
     pool = np.flatnonzero(~validates)
     _, molecule = np.unique(molecules(target)[pool], return_inverse=True)
-    composition = composition_table(target)
-    elements = composition > 0
+    factors = reference_factors(target)
+    elements = composition_table(target) > 0
     if absent := missing_elements(np.flatnonzero(elements[pool].any(axis=0)).tolist(), test.elements):
         raise ConfigError(f"test: molecules of {test.name} have {absent}, which no molecule to train on has")
     write_structures(folder / VALIDATION, target, np.flatnonzero(validates))
@@ -180,7 +181,7 @@ def _write(
     data = StudyData([], {low: [] for low in others}, len(pool), n_molecules, n_validation, len(test))
     for order in range(max(orders.values())):
         fractions = [fraction for fraction, count in orders.items() if order < count]
-        for fraction, rows in nested_subsets(molecule, composition[pool], fractions, order).items():
+        for fraction, rows in nested_subsets(molecule, factors[pool], fractions, order).items():
             file = f"{FOLDER}/f{fraction:g}_s{order}.h5"
             write_structures(folder / file, target, pool[rows])
             n_molecules = len(np.unique(molecule[rows]))

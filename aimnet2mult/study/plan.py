@@ -95,9 +95,7 @@ class Plan:
         ]
         for point in sorted(every, key=lambda point: point.replicate):
             if larger := self._same_as_larger(point):
-                self.left_out.append(
-                    f"{point.name}: the molecules of fraction {larger:g} are the fewest possible"
-                )
+                self.left_out.append(f"{point.name}: the molecules of fraction {larger:g} are the fewest possible")
             elif missing := self.subset(point).missing:
                 low = study.low(point.protocol)
                 self.left_out.append(f"{point.name}: no {missing} among the geometries that {low} has, too")

@@ -136,7 +136,7 @@ class Report:
             f"- The cost: {study.steps} optimiser steps for each point, batches of the same size. Pretraining counts; "
             "it is done once for each seed and shared by the points of all protocols that pretrain alike.",
             "- The molecules: replicate k has the k-th nested order of the molecules and seed k in all protocols. A "
-            "subset has whole molecules, and enough of them to determine the self-atomic energies of all elements.",
+            "subset has whole molecules, and enough of them to determine the reference energies of all elements.",
             f"- Validation: {self.plan.data.validation_structures} structures of the target, whole compositions that "
             "no subset has. The other fidelities keep all their molecules, those of validation and test, too.",
             "- The test molecules were evaluated with the final models, and chose nothing.",

@@ -21,8 +21,8 @@ BLANKS = {"mult": 1.0, "cell": 0.0}
 """What stands for an array that some of the files lack; labels are NaN."""
 
 INDEPENDENT = (0.3, 0.03, 1e-6)
-"""A composition is independent of others if so much of it, relatively, is not in their span; the largest limit that
-leaves enough of them counts, so that they determine self-atomic energies well."""
+"""A molecule is independent of others if so much of its factors, relatively, is not in their span; the largest limit
+that leaves enough molecules counts, so that they determine reference energies well."""
 
 COMPOSITION_SEED = 0
 """Seed of the hashes by which compositions are told apart."""
@@ -63,6 +63,12 @@ def _numbered(identity: np.ndarray) -> np.ndarray:
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
     return np.asarray(rank[inverse.reshape(-1)])
+
+
+def reference_factors(source: MoleculeSource) -> np.ndarray:
+    """What reference energies multiply: atoms of each element, total charge, unpaired electrons, (n, 121) int64."""
+    charge, mult = _state(source)
+    return np.column_stack([composition_table(source), charge, mult - 1.0]).astype(np.int64)
 
 
 def composition_table(source: MoleculeSource) -> np.ndarray:
@@ -115,15 +121,15 @@ def validation_structures(source: MoleculeSource, fraction: float, seed: int) ->
     return validates
 
 
-def molecule_order(molecule: np.ndarray, composition: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+def molecule_order(molecule: np.ndarray, factors: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
     """Put molecules into the order in which subsets take them: those that tell elements apart first, then at random.
 
     Parameters
     ----------
     molecule : numpy.ndarray
         (n,) int, molecule of each structure, 0 to m - 1.
-    composition : numpy.ndarray
-        (n, 119) int, atoms of each element in each structure.
+    factors : numpy.ndarray
+        (n, k) int, `reference_factors` of each structure.
     seed : int
         Seed of the order.
 
@@ -132,18 +138,18 @@ def molecule_order(molecule: np.ndarray, composition: np.ndarray, seed: int) -> 
     order : numpy.ndarray
         (m,) int64, a permutation of the molecules.
     least : int
-        How many of its first molecules have all elements together, and compositions that determine the self-atomic
-        energies as well as all molecules do: the rank of the compositions.
+        How many of its first molecules have all elements together and determine the reference energies, with terms in
+        charge and spin, as far as all molecules do: the rank of the factors.
     """
     order = np.random.default_rng(seed).permutation(int(molecule.max()) + 1)
     _, first = np.unique(molecule, return_index=True)
-    chosen = _independent(composition[first][order])
+    chosen = _independent(factors[first][order])
     return np.concatenate([order[chosen], np.delete(order, chosen)]), len(chosen)
 
 
-def _independent(compositions: np.ndarray) -> np.ndarray:
-    """Rows of (m, k) compositions that span all of them: the first ones in order, but for those nearly dependent."""
-    unit = compositions / np.linalg.norm(compositions, axis=1, keepdims=True)
+def _independent(factors: np.ndarray) -> np.ndarray:
+    """Rows of (m, k) factors that span all of them: the first ones in order, but for those nearly dependent."""
+    unit = factors / np.linalg.norm(factors, axis=1, keepdims=True)
     rank = np.linalg.matrix_rank(unit)
     left = unit.copy()  # what is not in the span of the rows that have been chosen
     chosen: list[int] = []
@@ -159,13 +165,13 @@ def _independent(compositions: np.ndarray) -> np.ndarray:
 
 
 def nested_subsets(
-    molecule: np.ndarray, composition: np.ndarray, fractions: Sequence[float], seed: int
+    molecule: np.ndarray, factors: np.ndarray, fractions: Sequence[float], seed: int
 ) -> dict[float, np.ndarray]:
     """Choose subsets of the structures, each within the next.
 
     Parameters
     ----------
-    molecule, composition : numpy.ndarray
+    molecule, factors : numpy.ndarray
         As in `molecule_order`.
     fractions : sequence of float
         Shares of the molecules, each in (0, 1].
@@ -176,9 +182,9 @@ def nested_subsets(
     -------
     dict of float to numpy.ndarray
         Fraction -> structures, (n,) bool. A subset has at least as many molecules as are needed for
-        all elements and their self-atomic energies.
+        all elements and their reference energies.
     """
-    order, least = molecule_order(molecule, composition, seed)
+    order, least = molecule_order(molecule, factors, seed)
     sizes = {fraction: max(least, round(fraction * len(order)), 1) for fraction in fractions}
     return {fraction: np.isin(molecule, order[:size]) for fraction, size in sizes.items()}
 

@@ -12,6 +12,7 @@ from aimnet2mult.study.subsets import (
     molecule_order,
     molecules,
     nested_subsets,
+    reference_factors,
     validation_structures,
     write_structures,
 )
@@ -30,13 +31,13 @@ def molecule(source):
 
 
 @pytest.fixture(scope="module")
-def composition(source):
-    return composition_table(source)
+def factors(source):
+    return reference_factors(source)
 
 
 @pytest.fixture(scope="module")
-def elements(composition):
-    return composition > 0
+def elements(source):
+    return composition_table(source) > 0
 
 
 def identities(source):
@@ -62,16 +63,16 @@ def test_molecules_by_their_own_key(tmp_path):
     assert molecules(open_dataset(tmp_path / "data.h5")).tolist() == [0, 1, 0, 2]
 
 
-def test_subsets_are_nested(molecule, composition):
-    subsets = nested_subsets(molecule, composition, FRACTIONS, seed=3)
+def test_subsets_are_nested(molecule, factors):
+    subsets = nested_subsets(molecule, factors, FRACTIONS, seed=3)
     for small, large in itertools.pairwise(FRACTIONS):
         assert (subsets[large] | ~subsets[small]).all()
         assert small < 0.1 or subsets[large].sum() > subsets[small].sum()
     assert subsets[1.0].all()
 
 
-def test_subsets_have_whole_molecules_and_as_many_as_asked_for(molecule, composition):
-    for fraction, chosen in nested_subsets(molecule, composition, FRACTIONS, seed=0).items():
+def test_subsets_have_whole_molecules_and_as_many_as_asked_for(molecule, factors):
+    for fraction, chosen in nested_subsets(molecule, factors, FRACTIONS, seed=0).items():
         inside = np.unique(molecule[chosen])
         assert not np.isin(inside, molecule[~chosen]).any()
         if fraction > 0.1:
@@ -79,19 +80,19 @@ def test_subsets_have_whole_molecules_and_as_many_as_asked_for(molecule, composi
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_smallest_subset_has_all_elements(molecule, composition, elements, seed):
-    chosen = nested_subsets(molecule, composition, FRACTIONS, seed)[0.01]
+def test_the_smallest_subset_has_all_elements(molecule, factors, elements, seed):
+    chosen = nested_subsets(molecule, factors, FRACTIONS, seed)[0.01]
     assert (elements[chosen].any(axis=0) == elements.any(axis=0)).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_smallest_subset_determines_the_self_atomic_energies(molecule, composition, seed):
-    """Energies that are sums over atoms are reproduced for all molecules from the fewest."""
-    chosen = nested_subsets(molecule, composition, FRACTIONS, seed)[0.01]
-    energies = composition @ np.random.default_rng(seed).normal(scale=1e4, size=composition.shape[1])
-    fitted, *_ = np.linalg.lstsq(composition[chosen].astype(float), energies[chosen], rcond=None)
-    np.testing.assert_allclose(composition @ fitted, energies, atol=1e-3)
-    rank = np.linalg.matrix_rank(composition.astype(float))
+def test_the_smallest_subset_determines_the_reference_energies(molecule, factors, seed):
+    """Energies that are linear in atoms, charge and unpaired electrons are reproduced for all from the fewest."""
+    chosen = nested_subsets(molecule, factors, FRACTIONS, seed)[0.01]
+    energies = factors @ np.random.default_rng(seed).normal(scale=1e4, size=factors.shape[1])
+    fitted, *_ = np.linalg.lstsq(factors[chosen].astype(float), energies[chosen], rcond=None)
+    np.testing.assert_allclose(factors @ fitted, energies, atol=1e-3)
+    rank = np.linalg.matrix_rank(factors.astype(float))
     assert len(np.unique(molecule[chosen])) == rank
 
 
@@ -106,8 +107,8 @@ def test_nearly_dependent_molecules_come_later():
         assert sorted(order.tolist()) == [0, 1, 2]
 
 
-def test_orders_follow_from_their_seed(molecule, composition):
-    first, again, other = (nested_subsets(molecule, composition, [0.2], seed)[0.2] for seed in (1, 1, 2))
+def test_orders_follow_from_their_seed(molecule, factors):
+    first, again, other = (nested_subsets(molecule, factors, [0.2], seed)[0.2] for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
 
