@@ -23,6 +23,8 @@ from aimnet2mult.study.results import collect
 from aimnet2mult.study.subsets import arrays_of
 from aimnet2mult.tools.learning_curve import main, planned
 
+pytestmark = pytest.mark.timeout(900)  # a whole study is two minutes, but on a machine that others use, too
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 TRAIN = """
