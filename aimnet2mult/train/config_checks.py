@@ -167,6 +167,8 @@ def _check_trainer(config: TrainConfig) -> Iterator[str]:
         yield from _refusal(WeightAverage, torch.nn.Identity(), trainer.ema.decay)
     if trainer.max_skipped < 0:
         yield f"trainer.max_skipped: expected 0 or more, found {trainer.max_skipped}"
+    if trainer.gradient_report is not None and trainer.gradient_report.every < 1:
+        yield f"trainer.gradient_report.every: expected 1 or more iterations, found {trainer.gradient_report.every}"
     # What depends on the GPU is asked when it is there: a GPU that is looked at here would be held by this process.
     yield from check_acceleration(config, torch.device("cpu"))
 

@@ -216,10 +216,11 @@ def label_shares(loss_fn: MTLoss, labels: Sequence[Batch], device: str | torch.d
         labelled molecules of all batches of all processes. Zero where nobody has the label.
     """
     counts = torch.stack([loss_fn.counts(y) for y in labels]).to(device, non_blocking=True)
-    return counts * idist.get_world_size() / _sum_over_processes(counts.sum(dim=0)).clamp(min=1)
+    return counts * idist.get_world_size() / sum_over_processes(counts.sum(dim=0)).clamp(min=1)
 
 
-def _sum_over_processes(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, which call this together."""
     if idist.get_world_size() == 1:
         return values
     total = idist.all_reduce(values)
@@ -362,7 +363,7 @@ def _agreed(values: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
     The gradient alone, which processes share, does not tell: a value may be NaN where its gradient is zero.
     """
     bad = ~(torch.isfinite(values).all() & torch.isfinite(grad_norm))
-    everywhere = _sum_over_processes(torch.cat([values, bad.to(values).unsqueeze(0)])) / idist.get_world_size()
+    everywhere = sum_over_processes(torch.cat([values, bad.to(values).unsqueeze(0)])) / idist.get_world_size()
     return everywhere[:-1], (everywhere[-1] == 0).to(values)
 
 

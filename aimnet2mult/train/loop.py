@@ -29,6 +29,7 @@ from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.train.ema import WeightAverage
 from aimnet2mult.train.engine import Step, StepResult
+from aimnet2mult.train.gradients import GradientReporter
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.train.monitor import EarlyStopping, Monitor
 from aimnet2mult.train.processes import any_rank, gather_objects
@@ -113,6 +114,8 @@ class Training:
         The number by which the best model is found.
     early_stopping : EarlyStopping, optional
         Ends a run that gets no better.
+    gradient_reporter : GradientReporter, optional
+        Reports on the gradients of the fidelities.
     recorder : Recorder
         Tells what happens.
     checkpoints : Checkpoints
@@ -139,6 +142,7 @@ class Training:
     evaluator: Engine
     monitor: Monitor
     early_stopping: EarlyStopping | None
+    gradient_reporter: GradientReporter | None
     recorder: Recorder
     checkpoints: Checkpoints
     write: CheckpointWriter
@@ -199,6 +203,7 @@ class Training:
             It was one too many without a finite loss or gradient.
         """
         at = self.position
+        self.report_gradients(batches)
         result = self.step(batches)
         at.iteration += 1
         at.batches += len(batches)
@@ -216,6 +221,15 @@ class Training:
                 "learning rate from the weights of this one (--load). With a larger trainer.max_skipped it goes on "
                 "(--resume)"
             )
+
+    def report_gradients(self, batches: list[Batch]) -> None:
+        """Report on the gradients of the fidelities in the step that is to be made, when due."""
+        settings, iteration = self.config.trainer.gradient_report, self.position.iteration + 1
+        if settings is None or self.gradient_reporter is None or iteration % settings.every:
+            return
+        with self.recorder.timer.pause():
+            report = self.gradient_reporter(batches)
+        self.recorder.gradients(self.position.epoch + 1, iteration, report)
 
     def count_skipped(self, result: StepResult) -> None:
         """Count steps without effect."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from aimnet2mult.data.loaders import Batch
 from aimnet2mult.train.engine import StepResult
+from aimnet2mult.train.gradients import GradientReport
 from aimnet2mult.train.loggers import Loggers
 from aimnet2mult.train.metrics import metrics_table
 from aimnet2mult.train.progress import Means, Progress, StepTimer
@@ -27,10 +28,10 @@ class Recorder:
 
     ``metrics.jsonl`` gets a line every ``log_frequency.train`` iterations (``train/loss``, ``train/{component}_loss``,
     ``train/grad_norm``: means since the last such line; ``train/skipped``: steps without effect so far, if there are
-    any) and one for each validation (``val/...``, and ``train_mean/...``: means since the last validation). Every line
-    has ``epoch``, ``iteration`` and the learning rate ``lr/{group}`` of each group of weights. Times go to
-    ``timing.jsonl``, so that a run that was interrupted writes the same metrics as one that was not; the loggers get
-    both.
+    any), one for each validation (``val/...``, and ``train_mean/...``: means since the last validation) and one for
+    each report on gradients (``gradients/...``, `GradientReport.numbers`). Every line has ``epoch``, ``iteration`` and
+    the learning rate ``lr/{group}`` of each group of weights. Times go to ``timing.jsonl``, so that a run that was
+    interrupted writes the same metrics as one that was not; the loggers get both.
 
     Parameters
     ----------
@@ -112,6 +113,13 @@ class Recorder:
         self.history.add_timing({"epoch": epoch, "iteration": iteration, **times})
         self.loggers.log({**record, **times}, iteration)
         self.progress.report(epoch, iteration, {**record, **times}, skipped)
+
+    def gradients(self, epoch: int, iteration: int, report: GradientReport) -> None:
+        """Write the gradients of the fidelities in the step of an iteration."""
+        record = {"epoch": epoch, "iteration": iteration, **self.learning_rates, **report.numbers()}
+        self.history.add(record)
+        self.loggers.log(record, iteration)
+        logger.info("gradients on the shared weights, iteration %d\n%s", iteration, "\n".join(report.table()))
 
     def validation(self, epoch: int, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write the results of a validation (none: the end of an epoch without one)."""

@@ -41,6 +41,7 @@ FREE_SETTINGS = (
     "trainer.epochs",
     "trainer.max_skipped",
     "trainer.early_stopping.patience",
+    "trainer.gradient_report",
     "trainer.deterministic",
     "trainer.compile",
     "checkpoint.dirname",  # by moving the folder

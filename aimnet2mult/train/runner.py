@@ -32,6 +32,7 @@ from aimnet2mult.train.build import build_loss, build_metric, build_network
 from aimnet2mult.train.data import Data, build_data, build_loaders
 from aimnet2mult.train.ema import WeightAverage
 from aimnet2mult.train.engine import make_evaluator, make_step
+from aimnet2mult.train.gradients import make_gradient_reporter
 from aimnet2mult.train.loggers import start_loggers
 from aimnet2mult.train.loop import CheckpointWriter, End, Training, evaluate
 from aimnet2mult.train.monitor import EarlyStopping, Monitor
@@ -207,6 +208,9 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         closeness=closeness,
         **moving,
     )
+    reporter = None
+    if trainer.gradient_report is not None:
+        reporter = make_gradient_reporter(model, loss_fn, list(data.names.values()), device, **moving)
     evaluated = Forces(model if ema is None else ema.model)
     writes = idist.get_rank() == 0
     folder = config.checkpoint.dirname
@@ -224,6 +228,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         evaluator=make_evaluator(evaluated, loss_fn, {"metrics": metric}, device, **moving),
         monitor=monitor,
         early_stopping=build_early_stopping(config),
+        gradient_reporter=reporter,
         recorder=Recorder(
             model,
             optimizer,

@@ -259,6 +259,13 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class GradientReportConfig:
+    """Norms of the fidelities' gradients on the weights that they share, and cosines between them."""
+
+    every: int = option("iterations between reports; one takes somewhat longer than a step", 100)
+
+
+@dataclass
 class TrainerConfig:
     """The loop; an iteration is a step of the optimiser."""
 
@@ -270,6 +277,9 @@ class TrainerConfig:
     deterministic: bool = option("refuse operations whose result may differ from run to run (on GPUs)")
     max_skipped: int = option("steps in a row that may be skipped because loss or gradient is not finite; 0: none")
     early_stopping: EarlyStoppingConfig | None = option("end when validation gets no better; null: never")
+    gradient_report: GradientReportConfig | None = option(
+        "norms of the fidelities' gradients on the weights that they share, and cosines between them; null: none"
+    )
 
 
 @dataclass
