@@ -18,6 +18,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from aimnet2mult.config.builder import nearest
+from aimnet2mult.models.all_fidelities import evaluate_all, load_all_fidelities
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.models.loading import load_potential
 from aimnet2mult.models.potential import D3_CUTOFF, D3_SMOOTHING, Potential
@@ -248,7 +249,8 @@ class MultiFidelityCalculator(AIMNet2Calculator):
     Parameters
     ----------
     models : str or Path
-        Folder with one ``<prefix>_fid<N>.jpt`` per fidelity, or one file of all (``compile_jit --combined``).
+        Folder with one ``<prefix>_fid<N>.jpt`` per fidelity, or one file of all: ``compile_jit --combined``, or a
+        checkpoint.
     fidelity : int or str, optional
         Active fidelity, by number or by name; default that of the file, or the lowest number.
     charge, mult, device, nb_threshold
@@ -308,9 +310,43 @@ class MultiFidelityCalculator(AIMNet2Calculator):
         self.reset()
 
     def energies(self, atoms: Atoms) -> dict[int, float]:
-        """Total energy of ``atoms`` in every fidelity, eV; the active one stays as it is."""
-        data = self.batch(atoms)
-        return {level: float(_results(model, self._at(data, level))["energy"]) for level, model in self.models.items()}
+        """Total energy of ``atoms`` in every fidelity, eV; the active one and ``results`` stay as they are.
+
+        One call of a file of all fidelities, or of a checkpoint, in which the network is evaluated once if its
+        fidelities share their embedding. They are not among ``results``: ASE's ``energies`` are those of the atoms.
+
+        Raises
+        ------
+        ValueError
+            An element that no fidelity knows. One that some fidelities lack gives NaN for these.
+        """
+        data = super().batch(atoms)
+        if self.combined and hasattr(self.model.module, "all_fidelities"):
+            return dict(enumerate(evaluate_all(self.model, data)["energy"][:, 0].tolist()))
+        energies = dict.fromkeys(self.models, math.nan)
+        able = [level for level, model in self.models.items() if set(atoms.numbers.tolist()) <= set(model.species)]
+        for level in able or self.models:  # the first one says what is missing if all of them lack something
+            energies[level] = float(_results(self.models[level], self._at(data, level))["energy"])
+        return energies
+
+    def energy_differences(self, atoms: Atoms, reference: int | str | None = None) -> dict[int, float]:
+        """Total energy of ``atoms`` in every fidelity less that in one of them, eV.
+
+        Parameters
+        ----------
+        atoms : Atoms
+            The molecule or crystal.
+        reference : int or str, optional
+            Number or name of the fidelity that is subtracted; default the active one.
+
+        Raises
+        ------
+        ValueError
+            As `energies`; an unknown fidelity.
+        """
+        level = self.fidelity if reference is None else self._level(reference)
+        energies = self.energies(atoms)
+        return {f: energy - energies[level] for f, energy in energies.items()}
 
 
 def _same_geometry(atoms: Atoms, others: Atoms) -> bool:
@@ -331,11 +367,9 @@ def _results(model: Potential, data: dict[str, torch.Tensor], with_stress: bool 
 
 def _models_of_file(path: Path, device: str) -> tuple[dict[int, Potential], dict[int, str], int]:
     """The one model of a file under the number of each of its fidelities, their names, and the file's default."""
-    model = load_jit_model(path, device)
-    names = getattr(model.module, "fidelity_names", None)
-    if names is None:
-        raise ValueError(f"{path}: a model of one fidelity: use AIMNet2Calculator, or a file of compile_jit --combined")
-    return dict.fromkeys(range(len(names)), model), dict(enumerate(names)), int(model.module.default_fidelity)
+    model = load_all_fidelities(path, device)
+    names = dict(enumerate(model.fidelity_names))
+    return dict.fromkeys(names, model), names, int(model.module.default_fidelity)
 
 
 def _models_of_folder(folder: Path, device: str) -> tuple[dict[int, Potential], dict[int, str]]:

@@ -42,6 +42,18 @@ class FidelityModel(nn.Module):
     def set_options(self, compute_stress: bool, compute_hessian: bool, check_spin: bool, dense_limit: int) -> None:
         pass
 
+    def check_input(self, data: dict[str, Tensor]) -> None:
+        pass
+
+    def encoded(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        pass
+
+    def energy_of(self, batch: dict[str, Tensor], first_order: bool) -> Tensor:
+        pass
+
+    def element_names(self, numbers: list[int]) -> str:
+        pass
+
 
 @torch.jit.interface
 class PairSource(nn.Module):

@@ -9,6 +9,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.optimize import BFGS
 
 from aimnet2mult.calculators import AIMNet2Calculator, MultiFidelityCalculator, check_parity
+from aimnet2mult.data.sae import load_sae
+from aimnet2mult.models.base import load_checkpoint, load_model_config, save_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.models.potential import Potential
 from aimnet2mult.tools.compile_jit import compile_model
@@ -150,8 +152,8 @@ def test_file_that_computes_hessians_does_not_so_in_every_step(compiled, combine
     keys = []
     run = Potential._run
 
-    def spy(model, data):
-        out = run(model, data)
+    def spy(model, data, function=None):
+        out = run(model, data, function)
         keys.append(set(out))
         return out
 
@@ -164,7 +166,7 @@ def test_file_that_computes_hessians_does_not_so_in_every_step(compiled, combine
     several = MultiFidelityCalculator(combined, device="cpu")
     several.model.module.compute_hessian = True
     several.energies(atoms)
-    assert len(keys) == 5
+    assert len(keys) == 3
     assert not any("hessian" in found for found in keys)
 
 
@@ -219,6 +221,62 @@ def test_one_file_of_all_fidelities(combined, model_dir, compiled):
     assert atoms.get_potential_energy() == separate[2]
     with pytest.raises(ValueError, match="a model of one fidelity: use AIMNet2Calculator"):
         MultiFidelityCalculator(compiled)
+
+
+def test_energies_and_their_differences(combined, model_dir, tmp_path, fixtures_dir, sae_file):
+    atoms = molecule("CH3OH")
+    weights = load_checkpoint(fixtures_dir / "ref_mixed.pt")["model"]
+    table = weights["afv.weight"]
+    table[200:329] = table[400:529] = table[:129]
+    layout = {"num_fidelities": 3, "fidelity_offset": 200, "use_fidelity_readouts": True}
+    known = {"sae": dict.fromkeys(range(3), load_sae(sae_file)), "fidelity_names": {0: "dft", 1: "gfn2", 2: "gfn1"}}
+    config = load_model_config(fixtures_dir / "ref_mixed_model.yaml")
+    save_checkpoint(tmp_path / "shared.pt", weights, model_config=config, **layout, **known)
+    for source in (combined, model_dir, tmp_path / "shared.pt"):
+        calc = MultiFidelityCalculator(source, device="cpu")
+        atoms.calc = calc
+        active, forces = atoms.get_potential_energy(), atoms.get_forces()
+        results = dict(calc.results)
+        energies = calc.energies(atoms)
+        assert energies[calc.fidelity] == pytest.approx(active, abs=1e-6)
+        assert energies == pytest.approx({f: _energy(source, f, atoms) for f in range(3)}, abs=1e-6)
+        from_active = calc.energy_differences(atoms)
+        assert from_active == {f: energy - energies[calc.fidelity] for f, energy in energies.items()}
+        assert calc.energy_differences(atoms, 2)[2] == 0.0
+        assert calc.energy_differences(atoms, calc.names[2]) == calc.energy_differences(atoms, 2)
+        assert abs(calc.energy_differences(atoms, 2)[0]) > 1e-3
+        with pytest.raises(ValueError, match=r"fidelity 'dfft': "):
+            calc.energy_differences(atoms, "dfft")
+        # The active fidelity, and what ASE holds of it, are what they were.
+        assert calc.results == results
+        assert calc.calculation_required(atoms, ["energy", "forces"]) is False
+        assert np.array_equal(atoms.get_forces(), forces)
+    assert MultiFidelityCalculator(tmp_path / "shared.pt", device="cpu").model.module.shared_backbone
+
+
+def _energy(source, fidelity, atoms):
+    atoms = atoms.copy()
+    atoms.calc = MultiFidelityCalculator(source, fidelity, device="cpu")
+    return atoms.get_potential_energy()
+
+
+def test_energies_where_a_fidelity_lacks_an_element(tmp_path, fixtures_dir, sae_file):
+    without = tmp_path / "without.yaml"
+    without.write_text(sae_file.read_text().replace("17: -12518.7\n", ""))
+    options = {
+        "model": fixtures_dir / "ref_mixed_model.yaml",
+        "fidelity_level": "all",
+        "sae": {0: sae_file, 1: without, 2: sae_file},
+    }
+    compile_model(fixtures_dir / "ref_mixed.pt", tmp_path / "m", **options)
+    compile_model(fixtures_dir / "ref_mixed.pt", tmp_path / "m", combined=True, **options)
+    for source in (tmp_path, tmp_path / "m_all.jpt"):
+        calc = MultiFidelityCalculator(source, device="cpu")
+        energies = calc.energies(molecule("CH3Cl"))
+        assert [np.isnan(energies[f]) for f in range(3)] == [False, True, False]
+        assert np.isnan(calc.energy_differences(molecule("CH3Cl"))[1])
+        with pytest.raises(ValueError, match=r"Si \(14\) is not among the elements of (fidelity 0|any fidelity)"):
+            calc.energies(molecule("SiH4"))
 
 
 def crystal():

@@ -35,6 +35,17 @@ def share_equal_tensors(models: Iterable[nn.Module]) -> int:
     return replaced
 
 
+def share_backbone(models: Sequence[DeployableModel]) -> bool:
+    """Tell whether models whose equal tensors are one (`share_equal_tensors`) differ in their readouts alone."""
+    first, *others = ([*m.model.named_parameters(), *m.model.named_buffers()] for m in models)
+    backbone = {name: tensor for name, tensor in first if not name.startswith("outputs.")}
+    for tensors in others:
+        other = {name: tensor for name, tensor in tensors if not name.startswith("outputs.")}
+        if other.keys() != backbone.keys() or any(other[name] is not tensor for name, tensor in backbone.items()):
+            return False
+    return True
+
+
 class CombinedModel(nn.Module):
     """Several `DeployableModel` behind one: the key ``fidelity`` selects by index.
 
@@ -59,6 +70,8 @@ class CombinedModel(nn.Module):
         Largest of those of the fidelities, Å.
     compute_stress, compute_hessian, check_spin, dense_limit
         As in `DeployableModel`, for all fidelities; may be set.
+    shared_backbone : bool
+        The fidelities differ in their readouts alone, so that `all_fidelities` evaluates the network once.
     """
 
     def __init__(self, models: Sequence[DeployableModel], names: Sequence[str], default_fidelity: int = 0) -> None:
@@ -69,6 +82,7 @@ class CombinedModel(nn.Module):
                 f"found {default_fidelity}"
             )
         share_equal_tensors(models)
+        self.shared_backbone = share_backbone(models)
         self.models = nn.ModuleList(models)
         self.fidelity_names = list(names)
         self.fidelity_species = [list(model.species) for model in models]
@@ -116,6 +130,157 @@ class CombinedModel(nn.Module):
             return self.evaluate(inputs, present[0])
         nbops.check_values(inputs)
         return self.evaluate_mixed(inputs, data["fidelity"].reshape(-1).to(inputs["coord"].device), present)
+
+    @torch.jit.export
+    def all_fidelities(self, data: dict[str, Tensor], forces: bool = False) -> dict[str, Tensor]:
+        """Energies of each molecule in all F fidelities, and on request the forces.
+
+        Where the fidelities differ in their readouts alone (``shared_backbone``), the network is evaluated once for all
+        of them; the forces of large molecules and crystals, and results with a graph, are computed fidelity by
+        fidelity all the same. A fidelity that lacks an element of a molecule gives NaN for it.
+
+        Parameters
+        ----------
+        data : dict
+            As for `DeployableModel`; the key ``fidelity`` does not matter. Left as it is.
+        forces : bool
+            Compute the forces, too.
+
+        Returns
+        -------
+        dict
+            ``energy`` (F, B) float64, eV, total; ``known`` (F, B) bool, whether a fidelity knows all elements of a
+            molecule; ``forces`` (F, B, N, 3) or (F, A, 3), eV/Å. Detached unless ``coord`` (or ``cell``) requires grad
+            and grad mode is on.
+
+        Raises
+        ------
+        ValueError
+            As `DeployableModel`; an element that no fidelity knows.
+        """
+        inputs: dict[str, Tensor] = {}
+        for key, value in data.items():
+            if key != "fidelity":
+                inputs[key] = value
+        known = self.known_molecules(inputs)
+        n_mol = known.shape[1]
+        keep_graph = torch.is_grad_enabled() and (
+            inputs["coord"].requires_grad or ("cell" in inputs and inputs["cell"].requires_grad)
+        )
+        # One wait for the device.
+        n_known: list[int] = known.sum(dim=1).tolist()
+        complete: list[int] = []
+        for f in range(len(n_known)):
+            if n_known[f] == n_mol:
+                complete.append(f)
+        energies: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
+        apart = keep_graph or inputs["numbers"].numel() == 0
+        if forces and not apart:
+            apart = nbops.is_flat(nbops.internal_layout(inputs, self.dense_limit))
+        if not apart:
+            energies, gradients = self.evaluate_together(inputs, complete, forces)
+        energy: list[Tensor] = []
+        force: list[Tensor] = []
+        for f in range(len(n_known)):
+            if f in energies:
+                energy.append(energies[f])
+                force.append(-gradients[f] if forces else inputs["coord"])
+            elif n_known[f] == n_mol:
+                out = self.evaluate(inputs, f, False)
+                energy.append(out["energy"])
+                force.append(out["forces"])
+            else:
+                e, g = self.evaluate_known(inputs, f, known[f])
+                energy.append(e)
+                force.append(g)
+        results = {"energy": torch.stack(energy), "known": known}
+        if forces:
+            results["forces"] = torch.stack(force)
+        return results
+
+    def evaluate_together(
+        self, data: dict[str, Tensor], fidelities: list[int], forces: bool
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Energies of a batch in fidelities that know all its elements, and their gradients by ``coord``."""
+        energies: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
+        for f in fidelities:
+            model: FidelityModel = self.models[f]  # type: ignore[assignment]
+            model.set_options(False, False, self.check_spin, self.dense_limit)
+            model.check_input(data)
+        inputs = data.copy()
+        inputs["coord"] = nbops.leaf(data["coord"])
+        grad_mode = torch.is_grad_enabled()
+        # From here to the switch back nothing may raise: grad mode would stay as it is for the caller.
+        torch.set_grad_enabled(forces)
+        batch: dict[str, Tensor] = {}
+        for f in fidelities:
+            part: FidelityModel = self.models[f]  # type: ignore[assignment]
+            if len(batch) == 0 or not self.shared_backbone:
+                batch = part.encoded(inputs)
+            energy = part.energy_of(batch, forces)
+            if forces:
+                (gradient,) = torch.autograd.grad([energy.sum()], [inputs["coord"]], retain_graph=self.shared_backbone)
+                assert gradient is not None
+                gradients[f] = gradient
+            energies[f] = energy.detach()
+        torch.set_grad_enabled(grad_mode)
+        for f in fidelities:
+            finite = energies[f].isfinite().all()
+            if forces:
+                finite = finite & gradients[f].isfinite().all()
+            if not bool(finite.item()):
+                self.evaluate(data, f, False)  # which says why
+        return energies, gradients
+
+    def evaluate_known(self, data: dict[str, Tensor], fidelity: int, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (B,) and forces of a batch in one fidelity, NaN for molecules that it does not know, (B,) bool."""
+        energy = torch.full([known.shape[0]], float("nan"), dtype=torch.float64, device=known.device)
+        forces = torch.full_like(data["coord"], float("nan"))
+        if not bool(known.any().item()):
+            return energy, forces
+        chosen = torch.full([known.shape[0]], -1, dtype=torch.long, device=known.device)
+        out = self.evaluate_mixed(data, chosen.masked_fill(known, fidelity), [fidelity], False)
+        atoms = known
+        if nbops.is_flat(data) and "mol_idx" in data:
+            atoms = known[data["mol_idx"].long()]
+        elif nbops.is_flat(data):
+            atoms = known.expand([data["coord"].shape[0]])
+        atoms = atoms.view([-1] + [1] * (data["coord"].dim() - 1))
+        return torch.where(known, out["energy"], energy), torch.where(atoms, out["forces"], forces)
+
+    def known_molecules(self, data: dict[str, Tensor]) -> Tensor:
+        """Whether each fidelity knows all elements of each molecule, (F, B) bool.
+
+        Raises
+        ------
+        ValueError
+            A batch that is not one, or an element that no fidelity knows.
+        """
+        nbops.check_batch(data)
+        nbops.check_values(data)
+        numbers, n_mol = data["numbers"].long(), nbops.count_molecules(data)
+        known: list[Tensor] = []
+        for model in self.models:
+            allowed: Tensor = model.allowed  # type: ignore[assignment]
+            last = allowed.shape[0] - 1
+            known.append(allowed[numbers.clamp(0, last)] & (numbers >= 0) & (numbers <= last))
+        atoms = torch.stack(known)
+        by_any = atoms.any(dim=0)
+        if not bool(by_any.all().item()):
+            unknown: list[int] = torch.unique(numbers[~by_any]).tolist()
+            first: FidelityModel = self.models[0]  # type: ignore[assignment]
+            verb = "is" if len(unknown) == 1 else "are"
+            raise ValueError(
+                f"{first.element_names(unknown)} {verb} not among the elements of any fidelity: "
+                f"{first.element_names(self.species)}"
+            )
+        if not nbops.is_flat(data):
+            return atoms.all(dim=2)
+        unknown_atoms = torch.zeros([atoms.shape[0], n_mol], dtype=torch.long, device=numbers.device)
+        mol_idx = data["mol_idx"].long() if "mol_idx" in data else torch.zeros_like(numbers)
+        return unknown_atoms.index_add(1, mol_idx, (~atoms).long()) == 0
 
     def fidelities_of(self, fidelity: Tensor, data: dict[str, Tensor]) -> list[int]:
         """Return which fidelities are asked for; raise a ValueError if it cannot be told of which molecules."""
@@ -183,17 +348,20 @@ class CombinedModel(nn.Module):
             names.append(f"{f} ({name})")
         return "the model has the fidelities " + ", ".join(names)
 
-    def evaluate(self, data: dict[str, Tensor], fidelity: int) -> dict[str, Tensor]:
-        """Results of a batch in one fidelity."""
+    def evaluate(self, data: dict[str, Tensor], fidelity: int, optional: bool = True) -> dict[str, Tensor]:
+        """Results of a batch in one fidelity; ``optional``: with stress and Hessian, if they are wanted."""
         model: FidelityModel = self.models[fidelity]  # type: ignore[assignment]
         # What was set for all holds for the part.
-        model.set_options(self.compute_stress, self.compute_hessian, self.check_spin, self.dense_limit)
+        stress, hessian = self.compute_stress and optional, self.compute_hessian and optional
+        model.set_options(stress, hessian, self.check_spin, self.dense_limit)
         return model.forward(data)
 
-    def evaluate_mixed(self, data: dict[str, Tensor], fidelity: Tensor, present: list[int]) -> dict[str, Tensor]:
+    def evaluate_mixed(
+        self, data: dict[str, Tensor], fidelity: Tensor, present: list[int], optional: bool = True
+    ) -> dict[str, Tensor]:
         """Results of a batch of molecules in several fidelities (B,): one part of the batch after the other."""
         flat = nbops.is_flat(data)
-        if flat and self.compute_hessian:
+        if flat and self.compute_hessian and optional:
             raise ValueError("Hessians in several fidelities at once need a dense batch (B, N, 3)")
         n_mol, n_atoms = fidelity.shape[0], data["numbers"].shape[0]
         whole: dict[str, Tensor] = {}
@@ -202,7 +370,7 @@ class CombinedModel(nn.Module):
             atoms = molecules
             if flat:
                 atoms = self.atoms_of(data, fidelity == f)
-            out = self.evaluate(self.part(data, molecules, atoms), f)
+            out = self.evaluate(self.part(data, molecules, atoms), f, optional)
             for key, value in out.items():
                 if key in self.layout_keys:
                     continue

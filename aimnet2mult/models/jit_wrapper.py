@@ -214,6 +214,23 @@ class DeployableModel(nn.Module):
             out["hessian"] = coord.new_zeros(coord.shape + coord.shape[-2:])
         return out
 
+    @torch.jit.export
+    def encoded(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make an internal batch with features and charges, which `energy_of` takes, of a batch that was checked."""
+        batch = nbops.internal_layout(data, self.dense_limit)
+        if nbops.is_flat(batch) and "nbmat" not in batch:
+            batch = self.pair_source.neighbors(batch, self.cutoff)
+        return self.model.encode(batch)
+
+    @torch.jit.export
+    def energy_of(self, batch: dict[str, Tensor], first_order: bool) -> Tensor:
+        """Total energies (B,), eV, of a batch of `encoded`; ``first_order``: their gradient will be asked for."""
+        batch = batch.copy()
+        if first_order:
+            batch["_first_order"] = batch["charge"]
+        return self.model.readout(batch)["energy"]
+
+    @torch.jit.export
     def check_input(self, data: dict[str, Tensor]) -> None:
         """Raise a ValueError if the model cannot or must not be evaluated for this batch."""
         nbops.check_batch(data)
@@ -351,6 +368,7 @@ class DeployableModel(nn.Module):
                 self.cutoff_lr = max(self.cutoff_lr, cutoff)
                 self.cutoff_lr_periodic = max(self.cutoff_lr_periodic, cutoff_periodic)
 
+    @torch.jit.export
     def element_names(self, numbers: list[int]) -> str:
         """``[1, 35]`` -> ``"H (1), Br (35)"``."""
         names: list[str] = []

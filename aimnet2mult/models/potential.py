@@ -6,8 +6,9 @@ second derivatives, errors of one line, and the choice of long-range methods at 
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from aimnet2mult import nbops
 from aimnet2mult.models.artifact import ModelMetadata
 from aimnet2mult.models.compiled_file import torchscript_deprecation_ignored
+
+Model = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Batch in, results out."""
 
 ROWS_TIMES_ATOMS = 2048
 """Rows of a Hessian that are computed together, times atoms: more need more memory and gain nothing."""
@@ -71,10 +75,27 @@ class Potential:
 
     def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """Evaluate a batch, as `DeployableModel.forward`; its errors come as a ValueError of one line."""
-        if not torch.is_inference_mode_enabled():
-            return self._run(data)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._run(data)
+        return self._called(data)
+
+    def all_fidelities(self, data: dict[str, Tensor], forces: bool = False) -> dict[str, Tensor]:
+        """Energies, and on request forces, in all fidelities of a combined model (`CombinedModel.all_fidelities`).
+
+        Raises
+        ------
+        ValueError
+            As the method of the model; a file of one fidelity, or of an earlier version.
+        """
+        if not hasattr(self.module, "fidelity_names"):
+            raise ValueError(
+                "this model is of one fidelity: compile all of them into one file (compile_jit --combined)"
+            )
+        self._check_has("all_fidelities")
+        return self._called(data, partial(self.module.all_fidelities, forces=forces))
+
+    @property
+    def fidelity_names(self) -> list[str]:
+        """Names of the fidelities of a combined model; empty otherwise."""
+        return list(getattr(self.module, "fidelity_names", []))
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Pickle a compiled program as a file in memory, its options as they are set, for instance for processes."""
@@ -85,13 +106,19 @@ class Potential:
             torch.jit.save(self.module, program)
         return _unpickled, (program.getvalue(), self.metadata, self.description)
 
-    def _run(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _called(self, data: dict[str, Tensor], function: Model | None = None) -> dict[str, Tensor]:
+        if not torch.is_inference_mode_enabled():
+            return self._run(data, function)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(data, function)
+
+    def _run(self, data: dict[str, Tensor], function: Model | None = None) -> dict[str, Tensor]:
         # Tensors made under inference mode cannot be differentiated by, their copies can.
         data = {key: value.clone() if value.is_inference() else value for key, value in data.items()}
         if self.description.get("supports_charged_systems") is False and bool(data.get("charge", torch.zeros(1)).any()):
             raise ValueError("this model was trained on neutral systems only: charge must be 0")
         with _errors_of_one_line():
-            out = self.module(data)
+            out = (function or self.module)(data)
         return {key: value for key, value in out.items() if key not in nbops.LAYOUT_KEYS}
 
     def set_coulomb_method(
