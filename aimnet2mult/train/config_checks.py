@@ -178,12 +178,30 @@ def _check_early_stopping(config: TrainConfig) -> Iterator[str]:
     if stopping is None:
         return
     any_metric = Monitor("loss", "")
-    yield from _refusal(EarlyStopping, any_metric, stopping.patience)
+    if stopping.patience is not None:
+        yield from _refusal(EarlyStopping, any_metric, stopping.patience)
+    elif not stopping.fidelities:
+        yield (
+            "trainer.early_stopping.patience: null, and no trainer.early_stopping.fidelities, so nothing would stop; "
+            "give one of them, or set trainer.early_stopping=null"
+        )
     yield from _refusal(EarlyStopping, any_metric, 1, stopping.min_delta)
     if stopping.monitor is not None:
         yield from check_monitor(config, stopping.monitor, "trainer.early_stopping.monitor")
     if not validates(config):
         yield _without_validation("trainer.early_stopping", "trainer.early_stopping=null")
+    names = list(named_fidelities(config))
+    for name, rule in stopping.fidelities.items():
+        where = f"trainer.early_stopping.fidelities.{name}"
+        if name not in names:
+            yield f"{where}: there is no fidelity {name}; {nearest(name, names)}"
+            continue
+        yield from _refusal(EarlyStopping, any_metric, rule.patience, where=where)
+        yield from _refusal(EarlyStopping, any_metric, 1, rule.min_delta, where)
+        if rule.monitor is not None:
+            yield from check_monitor(config, rule.monitor, f"{where}.monitor")
+        elif validates(config) and not validates(config, name):
+            yield f"{where}: {name} has no validation data. Give files for its validation, or set data.val_fraction"
 
 
 # --------------------------------------------------------------------------------------------------

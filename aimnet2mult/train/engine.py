@@ -10,7 +10,7 @@ and are averaged over processes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from aimnet2mult.config.builder import nearest
+from aimnet2mult.data.base import FIDELITY_KEY
 from aimnet2mult.modules import BatchPart
 from aimnet2mult.nbops import real_atoms
 from aimnet2mult.train.loss import MTLoss, label_mask
@@ -94,6 +95,24 @@ def prepare_batch(
 
     x, y = batch
     return {key: moved(value) for key, value in x.items()}, {key: moved(value) for key, value in y.items()}
+
+
+def select_molecules(batch: tuple[Batch, Batch], rows: Tensor) -> tuple[Batch, Batch]:
+    """Return some molecules of a batch in dense layout, inputs and labels; ``rows`` (B,) bool."""
+    x, y = batch
+    return {key: value[rows] for key, value in x.items()}, {key: value[rows] for key, value in y.items()}
+
+
+def without_fidelities(batch: tuple[Batch, Batch], fidelities: Collection[int]) -> tuple[Batch, Batch]:
+    """Leave the molecules of fidelities out of a batch; where there are no others, one stays without its labels."""
+    x, y = batch
+    kept = ~torch.isin(x[FIDELITY_KEY], torch.tensor(sorted(fidelities)))
+    if kept.any():
+        return select_molecules(batch, kept)
+    # Each process takes its part in each step.
+    kept[0] = True
+    x, y = select_molecules(batch, kept)
+    return x, {key: torch.zeros_like(value) if key.endswith("_mask") else value for key, value in y.items()}
 
 
 def batch_parts(x: Batch, y: Batch, min_atoms: int, part_cost: float) -> list[BatchPart] | None:

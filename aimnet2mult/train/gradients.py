@@ -23,7 +23,14 @@ from aimnet2mult.data.base import FIDELITY_KEY
 from aimnet2mult.models.base import HEAD_KEY
 from aimnet2mult.models.mixed_fidelity_aimnet2 import is_type_table
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.engine import Batch, batch_type, label_shares, predict, sum_over_processes
+from aimnet2mult.train.engine import (
+    Batch,
+    batch_type,
+    label_shares,
+    predict,
+    select_molecules,
+    sum_over_processes,
+)
 from aimnet2mult.train.loss import MTLoss
 from aimnet2mult.utils.text import text_table
 
@@ -162,7 +169,11 @@ def make_gradient_reporter(
         model.train()
         loss_fn.train()
         loss_fn.to(device)
-        parts = [(f, molecules_of(batch, f)) for batch in batches for f in batch[0][FIDELITY_KEY].unique().tolist()]
+        parts = [
+            (f, select_molecules(batch, batch[0][FIDELITY_KEY] == f))
+            for batch in batches
+            for f in batch[0][FIDELITY_KEY].unique().tolist()
+        ]
         shares = label_shares(loss_fn, [y for _, (_, y) in parts], device)
         molecules = torch.zeros(len(names), dtype=torch.float64, device=device)
         gradients = torch.zeros(len(names), sum(w.numel() for w in weights), dtype=weights[0].dtype, device=device)
@@ -175,10 +186,3 @@ def make_gradient_reporter(
         return GradientReport(list(names), molecules.long().cpu(), (gradients @ gradients.T).cpu())
 
     return report
-
-
-def molecules_of(batch: tuple[Batch, Batch], fidelity: int) -> tuple[Batch, Batch]:
-    """Return the molecules of one fidelity in a batch in dense layout, inputs and labels."""
-    x, y = batch
-    rows = (x[FIDELITY_KEY] == fidelity).nonzero().squeeze(1)
-    return {key: value[rows] for key, value in x.items()}, {key: value[rows] for key, value in y.items()}

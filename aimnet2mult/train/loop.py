@@ -28,15 +28,15 @@ from aimnet2mult.data.loaders import Batch, MoleculeLoader
 from aimnet2mult.data.sampler import MixedFidelityBatchSampler
 from aimnet2mult.models.aimnet2 import AIMNet2
 from aimnet2mult.train.ema import WeightAverage
-from aimnet2mult.train.engine import Step, StepResult
+from aimnet2mult.train.engine import Step, StepResult, without_fidelities
 from aimnet2mult.train.gradients import GradientReporter
 from aimnet2mult.train.loss import MTLoss
-from aimnet2mult.train.monitor import EarlyStopping, Monitor
+from aimnet2mult.train.monitor import EarlyStopping, FidelityStopping, Monitor
 from aimnet2mult.train.processes import any_rank, gather_objects
 from aimnet2mult.train.recorder import Recorder
 from aimnet2mult.train.run_folder import Checkpoints
 from aimnet2mult.train.schedule import Schedule
-from aimnet2mult.train.schema import TrainConfig
+from aimnet2mult.train.schema import TrainConfig, named_fidelities
 from aimnet2mult.train.sharing import Closeness
 from aimnet2mult.train.state import random_states, set_random_states
 from aimnet2mult.train.stop import StopRequest
@@ -114,6 +114,8 @@ class Training:
         The number by which the best model is found.
     early_stopping : EarlyStopping, optional
         Ends a run that gets no better.
+    fidelity_stopping : FidelityStopping, optional
+        Leaves fidelities out of the training that get no better.
     gradient_reporter : GradientReporter, optional
         Reports on the gradients of the fidelities.
     recorder : Recorder
@@ -142,6 +144,7 @@ class Training:
     evaluator: Engine
     monitor: Monitor
     early_stopping: EarlyStopping | None
+    fidelity_stopping: FidelityStopping | None
     gradient_reporter: GradientReporter | None
     recorder: Recorder
     checkpoints: Checkpoints
@@ -203,6 +206,7 @@ class Training:
             It was one too many without a finite loss or gradient.
         """
         at = self.position
+        batches = self.learned_from(batches)
         self.report_gradients(batches)
         result = self.step(batches)
         at.iteration += 1
@@ -221,6 +225,14 @@ class Training:
                 "learning rate from the weights of this one (--load). With a larger trainer.max_skipped it goes on "
                 "(--resume)"
             )
+
+    def learned_from(self, batches: list[Batch]) -> list[Batch]:
+        """Return batches without the molecules of fidelities that have stopped."""
+        stopped = [] if self.fidelity_stopping is None else self.fidelity_stopping.stopped
+        if not stopped:
+            return batches
+        names = list(named_fidelities(self.config))
+        return [without_fidelities(batch, [names.index(name) for name in stopped]) for batch in batches]
 
     def report_gradients(self, batches: list[Batch]) -> None:
         """Report on the gradients of the fidelities in the step that is to be made, when due."""
@@ -283,6 +295,8 @@ class Training:
         stopping = self.early_stopping
         if stopping is not None and stopping.exhausted:
             return End(True, f"no improvement of {stopping.monitor.text} in {stopping.waited} validations")
+        if self.fidelity_stopping is not None and self.fidelity_stopping.exhausted:
+            return End(True, f"no improvement of any of {', '.join(self.fidelity_stopping.stopped)}")
         if self.position.epoch >= self.config.trainer.epochs:
             return End(True, f"{self.position.epoch} epochs are complete")
         return None
@@ -321,6 +335,11 @@ class Training:
             self.schedule.validation(metrics)
         if metrics and self.early_stopping is not None:
             self.early_stopping.update(metrics)
+        if metrics and self.fidelity_stopping is not None:
+            for name in self.fidelity_stopping.update(metrics):
+                rule = self.fidelity_stopping.rules[name]
+                what = f"no improvement of {rule.monitor.text} in {rule.waited} validations"
+                logger.info("%s stops: %s; its molecules teach nothing from here on", name, what)
         return metrics
 
     # ----------------------------------------------------------------------------------------------
@@ -368,6 +387,7 @@ class Training:
             "loss": self.loss_fn.state_dict(),
             "closeness": None if self.closeness is None else self.closeness.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
+            "fidelity_stopping": None if self.fidelity_stopping is None else self.fidelity_stopping.state_dict(),
             "sampler": self.sampler.state(self.position.batches),
             "checkpoints": self.checkpoints.state_dict(),
             "recorder": self.recorder.state_dict(),
@@ -398,8 +418,8 @@ class Training:
         self.model.load_state_dict(weights if state["model"] is None else state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_fn.load_state_dict(state["loss"])
-        for name in ("schedule", "ema", "early_stopping", "closeness"):
-            part, saved = getattr(self, name), state.get(name)
+        for name in ("schedule", "ema", "early_stopping", "fidelity_stopping", "closeness"):
+            part, saved = getattr(self, name), state.get(name)  # earlier versions have neither of the last two
             if part is not None and saved is not None:
                 part.load_state_dict(saved)
         set_random_states(state["random"], self.device)

@@ -147,6 +147,8 @@ class EarlyStopping:
     min_delta : float
         Smallest decrease that counts as improvement. It is measured from the value of the last improvement, so that
         many small steps in one direction count in the end.
+    where : str
+        Dotted key of the settings, for messages.
 
     Attributes
     ----------
@@ -161,11 +163,13 @@ class EarlyStopping:
         ``patience`` less than 1, or ``min_delta`` negative or not finite.
     """
 
-    def __init__(self, monitor: Monitor, patience: int, min_delta: float = 0.0) -> None:
+    def __init__(
+        self, monitor: Monitor, patience: int, min_delta: float = 0.0, where: str = "trainer.early_stopping"
+    ) -> None:
         if patience < 1:
-            raise ConfigError(f"trainer.early_stopping.patience: expected 1 or more validations, found {patience}")
+            raise ConfigError(f"{where}.patience: expected 1 or more validations, found {patience}")
         if not math.isfinite(min_delta) or min_delta < 0:
-            raise ConfigError(f"trainer.early_stopping.min_delta: expected a number of 0 or more, found {min_delta}")
+            raise ConfigError(f"{where}.min_delta: expected a number of 0 or more, found {min_delta}")
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
         self.best = math.inf
         self.waited = 0
@@ -207,3 +211,47 @@ class EarlyStopping:
             )
             return
         self.best, self.waited = float(state["best"]), int(state["waited"])
+
+
+class FidelityStopping:
+    """The end of the training on fidelities that get no better, each by a rule of its own.
+
+    Parameters
+    ----------
+    rules : mapping of str to EarlyStopping
+        Name of a fidelity -> when it stops.
+    """
+
+    def __init__(self, rules: Mapping[str, EarlyStopping]) -> None:
+        self.rules = dict(rules)
+
+    def update(self, metrics: Mapping[str, float]) -> list[str]:
+        """Take the metrics of a validation; return the names of the fidelities that stop with it.
+
+        Raises
+        ------
+        ConfigError
+            A metric that a monitor follows is not there.
+        """
+        learning = {name: rule for name, rule in self.rules.items() if not rule.exhausted}
+        return [name for name, rule in learning.items() if rule.update(metrics)]
+
+    @property
+    def stopped(self) -> list[str]:
+        """Names of the fidelities whose patience is at its end."""
+        return [name for name, rule in self.rules.items() if rule.exhausted]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all of them have stopped."""
+        return len(self.stopped) == len(self.rules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; numbers and texts only."""
+        return {name: rule.state_dict() for name, rule in self.rules.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, each rule as `EarlyStopping.load_state_dict`; a rule that is new begins."""
+        for name, rule in self.rules.items():
+            if name in state:
+                rule.load_state_dict(state[name])

@@ -41,6 +41,7 @@ FREE_SETTINGS = (
     "trainer.epochs",
     "trainer.max_skipped",
     "trainer.early_stopping.patience",
+    "trainer.early_stopping.fidelities.*.patience",
     "trainer.gradient_report",
     "trainer.deterministic",
     "trainer.compile",

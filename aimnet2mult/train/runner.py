@@ -35,7 +35,7 @@ from aimnet2mult.train.engine import make_evaluator, make_step
 from aimnet2mult.train.gradients import make_gradient_reporter
 from aimnet2mult.train.loggers import start_loggers
 from aimnet2mult.train.loop import CheckpointWriter, End, Training, evaluate
-from aimnet2mult.train.monitor import EarlyStopping, Monitor
+from aimnet2mult.train.monitor import EarlyStopping, FidelityStopping, Monitor
 from aimnet2mult.train.optimizer import build_optimizer
 from aimnet2mult.train.processes import distribute, process_group
 from aimnet2mult.train.progress import Progress, StepTimer
@@ -228,6 +228,7 @@ def build_training(job: Job, device: torch.device, load: str | Path | None = Non
         evaluator=make_evaluator(evaluated, loss_fn, {"metrics": metric}, device, **moving),
         monitor=monitor,
         early_stopping=build_early_stopping(config),
+        fidelity_stopping=build_fidelity_stopping(config, data),
         gradient_reporter=reporter,
         recorder=Recorder(
             model,
@@ -265,10 +266,41 @@ def length_of_run(config: TrainConfig, loader: MoleculeLoader) -> RunLength:
 def build_early_stopping(config: TrainConfig) -> EarlyStopping | None:
     """Return what ends a run that gets no better, if the settings ask for it."""
     settings = config.trainer.early_stopping
-    if settings is None:
+    if settings is None or settings.patience is None:
         return None
     followed = config.checkpoint.monitor if settings.monitor is None else settings.monitor
     return EarlyStopping(Monitor(followed, "trainer.early_stopping.monitor"), settings.patience, settings.min_delta)
+
+
+def build_fidelity_stopping(config: TrainConfig, data: Data) -> FidelityStopping | None:
+    """Return what leaves fidelities out of the training that get no better, if the settings ask for it."""
+    settings = config.trainer.early_stopping
+    if settings is None or not settings.fidelities:
+        return None
+    rules = {}
+    for name, rule in settings.fidelities.items():
+        where = f"trainer.early_stopping.fidelities.{name}"
+        followed = own_error(config, data, name) if rule.monitor is None else rule.monitor
+        rules[name] = EarlyStopping(Monitor(followed, f"{where}.monitor"), rule.patience, rule.min_delta, where)
+    return FidelityStopping(rules)
+
+
+def own_error(config: TrainConfig, data: Data, name: str) -> str:
+    """Return the metric that tells how good a fidelity is: the error of its forces, or of its energies without any.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    labels, measured = data.record["fidelities"][name]["labels"], config.metrics.kwargs.get("cfg", {})
+    for key in ("forces", "energy"):
+        if key in measured and key in labels and labels[key]["molecules"] > 0:
+            return f"{name}/{measured[key].get('abbr', key)}_mae"
+    raise ConfigError(
+        f"trainer.early_stopping.fidelities.{name}.monitor: null, but metrics.kwargs.cfg measures no labels of its "
+        "forces or energies; name a validation metric"
+    )
 
 
 def checkpoint_writer(job: Job, data: Data, model: nn.Module) -> CheckpointWriter:
@@ -323,12 +355,19 @@ def try_validation(training: Training, batches: Sequence[Batch] | None = None) -
     config, metrics = training.config, {}
     if training.val_loader is not None:
         metrics = evaluate(training.evaluator, training.val_loader if batches is None else batches)
-    elif config.checkpoint.save_best or training.early_stopping or (training.schedule and training.schedule.followed):
+    elif (
+        config.checkpoint.save_best
+        or config.trainer.early_stopping
+        or (training.schedule and training.schedule.followed)
+    ):
         raise ConfigError("data.val_fraction: leaves no molecule for validation; give more data or a larger fraction")
     if config.checkpoint.save_best:
         training.monitor.check(metrics)
     if training.early_stopping is not None:
         training.early_stopping.monitor.check(metrics)
+    if training.fidelity_stopping is not None:
+        for rule in training.fidelity_stopping.rules.values():
+            rule.monitor.check(metrics)
     if training.schedule is not None:
         training.schedule.check_metric(metrics)
     return metrics

@@ -250,12 +250,29 @@ class EMAConfig:
 
 
 @dataclass
+class FidelityStoppingConfig:
+    """The end of the training on a fidelity that gets no better."""
+
+    patience: int = option("validations in a row without improvement before the fidelity is left out", 10)
+    min_delta: float = option("smallest decrease that counts as improvement, in the unit of the metric", 0.0)
+    monitor: Any = option(
+        "validation metric or {metric: weight}, low is good; null: error of its forces, or of its energies without any",
+        None,
+    )
+
+
+@dataclass
 class EarlyStoppingConfig:
     """The end of a training that gets no better."""
 
-    patience: int = option("validations in a row without improvement before the end", 20)
+    patience: int | None = option(
+        "validations in a row without improvement before the end; null: only fidelities stop", 20
+    )
     min_delta: float = option("smallest decrease that counts as improvement, in the unit of the metric", 0.0)
     monitor: Any = option("validation metric or {metric: weight}, low is good; null: checkpoint.monitor", None)
+    fidelities: dict[str, FidelityStoppingConfig] = option(
+        "name -> when its molecules are left out of the training; when all that are named are, the training ends", {}
+    )
 
 
 @dataclass

@@ -82,7 +82,7 @@ def test_the_documentation_has_a_row_for_every_option():
 def test_defaults_in_the_documentation():
     page = DOCS.read_text(encoding="utf-8")
     assert "| `trainer.epochs` | integer | `500` | number of epochs |" in page
-    assert "| `trainer.early_stopping.patience` | integer | `20` | " in page
+    assert "| `trainer.early_stopping.patience` | integer or null | `20` | " in page
     assert "| `checkpoint.dirname` | path | `runs/${run_name}` | " in page
     for key in FREE_SETTINGS:
         assert f"\n- `{key.replace('*', '{name}')}`\n" in page
