@@ -178,10 +178,10 @@ def compare(
     labelled = [key for key in LABELS if key in source.keys and key in labels]
     not_predicted: set[str] = set()
     with tqdm(total=len(chosen), desc=data, unit="molecule", unit_scale=True, disable=None) as progress:
-        for rows, arrays in _pieces(source, chosen, [*INPUTS, *labelled], atoms_per_call):
+        for rows, arrays in pieces(source, chosen, [*INPUTS, *labelled], atoms_per_call):
             present = [key for key in labelled if key in arrays and _has_labels(source, key, rows, arrays[key])]
             if present:
-                _check_inputs(source, rows, arrays)
+                check_inputs(source, rows, arrays)
                 predicted = _predicted(predictor, source, rows, arrays, present)
                 molecules = Molecules(rows, arrays["numbers"], arrays["charge"])
                 not_predicted.update(key for key in present if key not in predicted)
@@ -203,7 +203,7 @@ def compare(
     return comparison
 
 
-def _pieces(
+def pieces(
     source: MoleculeSource, chosen: np.ndarray, keys: list[str], atoms_per_call: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Indices (k,) and arrays (k, ...) of molecules of one size, enough for one call of the model."""
@@ -226,7 +226,8 @@ def _has_labels(source: MoleculeSource, key: str, rows: np.ndarray, values: np.n
     return not bool(np.isnan(values).any(axis=1).all())
 
 
-def _check_inputs(source: MoleculeSource, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+def check_inputs(source: MoleculeSource, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+    """Raise a DatasetError that says where, if an input of molecules is not finite."""
     for key in INPUTS:
         if key in arrays:
             finite = np.isfinite(arrays[key]).reshape(len(rows), -1).all(axis=1)

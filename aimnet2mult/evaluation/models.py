@@ -7,7 +7,7 @@ is subtracted, and nothing is added.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from aimnet2mult.config.builder import nearest
 from aimnet2mult.constants import FIDELITY_OFFSET
 from aimnet2mult.data.ledger import DispersionLabel
 from aimnet2mult.data.sae import reference_energy
+from aimnet2mult.models.all_fidelities import load_all_fidelities
 from aimnet2mult.models.base import layout_of_weights, load_checkpoint
 from aimnet2mult.models.jit_wrapper import load_jit_model
 from aimnet2mult.models.loading import deployable_model
@@ -159,6 +160,45 @@ def _results(out: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 @dataclass
+class Together:
+    """All F fidelities of a model.
+
+    Attributes
+    ----------
+    model : str
+        Where it comes from.
+    names : list of str
+        What to call the fidelities.
+    sae : sequence of mapping
+        Reference energies of each, eV, as in `Predictor`.
+    function : Potential
+        Of `aimnet2mult.models.all_fidelities.load_all_fidelities`.
+    """
+
+    model: str
+    names: list[str]
+    sae: Sequence[Mapping[int, float]]
+    function: Potential
+
+    def predict(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return total ``energy`` (F, k), eV, and ``forces`` (F, k, N, 3), eV/Å; NaN where a fidelity lacks an element.
+
+        ``arrays`` holds those of `INPUTS` that a dataset has, (k, ...).
+        """
+        weight = next(self.function.module.parameters())
+        return _results(self.function.all_fidelities(_tensors(arrays, weight.dtype, weight.device), forces=True))
+
+    def references(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return reference energies of molecules in each fidelity, (F, k), eV; NaN without one of an element."""
+        numbers = arrays["numbers"]
+        energies = np.full((len(self.sae), len(numbers)), np.nan)
+        for energy, sae in zip(energies, self.sae, strict=True):
+            known = np.isin(numbers, [0, *sae]).all(axis=1)
+            energy[known] = reference_energy({key: values[known] for key, values in arrays.items()}, sae)
+        return energies
+
+
+@dataclass
 class ModelFile:
     """A file that holds one fidelity or several.
 
@@ -170,11 +210,14 @@ class ModelFile:
         Number -> name of each fidelity.
     predictor : callable
         Number of a fidelity -> it, ready to be evaluated; a ValueError if the file does not hold what is needed.
+    together : callable
+        All of them as one; a ValueError likewise, or if there is only one.
     """
 
     path: Path
     names: dict[int, str | None]
     predictor: Callable[[int], Predictor]
+    together: Callable[[], Together]
 
     def choose(self, asked: str | None) -> int:
         """Return the number of the fidelity that a name or number stands for; None if there is only one.
@@ -237,7 +280,13 @@ def _compiled(path: Path, device: torch.device, title: str) -> ModelFile:
         f = int(metadata.get("fidelity_level", 0))
         chosen = model if parts is None else functools.partial(_in_fidelity, model, f)
         predictors[f] = _compiled_fidelity(chosen, next(model.module.parameters()).dtype, device, title, metadata)
-    return ModelFile(path, {f: predictor.name for f, predictor in predictors.items()}, predictors.__getitem__)
+
+    def together() -> Together:
+        if parts is None:
+            raise ValueError(f"--all-fidelities: {path} holds one fidelity; compile all with compile_jit --combined")
+        return Together(title, model.fidelity_names, [predictors[f].sae for f in sorted(predictors)], model)
+
+    return ModelFile(path, {f: predictor.name for f, predictor in predictors.items()}, predictors.__getitem__, together)
 
 
 def _in_fidelity(model: Potential, fidelity: int, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -296,7 +345,15 @@ def _checkpoint(path: Path, device: torch.device, title: str) -> ModelFile:
             made.notes.append(_note_on_dispersion(DispersionLabel.from_dict(ledger["labels"]), made))
         return made
 
-    return ModelFile(path, names, predictor)
+    def together() -> Together:
+        if len(names) == 1:
+            raise ValueError(f"--all-fidelities: {path} has one fidelity")
+        function = load_all_fidelities(path, device)
+        function.module.check_spin = False
+        sae = [ReferenceEnergies.from_table(checkpoint["sae"][f]) for f in names]
+        return Together(title, function.fidelity_names, sae, function)
+
+    return ModelFile(path, names, predictor, together)
 
 
 def _note_on_dispersion(subtracted: DispersionLabel, predictor: Predictor) -> str:

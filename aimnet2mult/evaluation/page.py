@@ -7,9 +7,22 @@ from itertools import groupby
 from pathlib import Path
 
 from aimnet2mult.evaluation.compare import Comparison, headings
+from aimnet2mult.evaluation.differences import Difference
 from aimnet2mult.evaluation.properties import PROPERTIES, Units
 from aimnet2mult.evaluation.statistics import SAMPLE_VALUES
-from aimnet2mult.evaluation.tables import BREAKDOWNS, OVERALL, Breakdown, Row, all_notes, number, rows, worst_cells
+from aimnet2mult.evaluation.tables import (
+    BREAKDOWNS,
+    DIFFERENCES,
+    DIFFERENCES_HEAD,
+    OVERALL,
+    Breakdown,
+    Row,
+    all_notes,
+    difference_cells,
+    number,
+    rows,
+    worst_cells,
+)
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto; max-width: 1100px;
@@ -42,6 +55,7 @@ def html_page(
     pictures: Mapping[str, bytes],
     title: str,
     about: Mapping[str, str],
+    differences: Sequence[Difference] = (),
 ) -> str:
     """Return the page.
 
@@ -57,8 +71,12 @@ def html_page(
         Heading.
     about : mapping
         What was evaluated when and with what, for the head of the page.
+    differences : sequence of Difference
+        Differences between the fidelities of a model.
     """
     sections = {"Errors": _summary(comparisons, units)}
+    if differences:
+        sections[DIFFERENCES] = _differences(differences, units)
     if pictures:
         sections["Pictures"] = _pictures(pictures)
     for breakdown in BREAKDOWNS:
@@ -153,6 +171,14 @@ def _summary(comparisons: Sequence[Comparison], units: Units) -> str:
             )
         bodies.append(lines)
     return _table(["fidelity", "data", "property", "unit", "MAE", "RMSE", "largest", "values"], 4, bodies)
+
+
+def _differences(differences: Sequence[Difference], units: Units) -> str:
+    lines = []
+    for cells in difference_cells(differences, units):
+        text = "".join(f"<td>{escape(cell)}</td>" for cell in cells[:6])
+        lines.append(f"<tr>{text}" + "".join(f'<td class="n">{cell}</td>' for cell in cells[6:]) + "</tr>")
+    return _table(DIFFERENCES_HEAD, 6, [lines])
 
 
 def _breakdown(comparisons: Sequence[Comparison], breakdown: Breakdown, units: Units) -> str:

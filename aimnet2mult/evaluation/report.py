@@ -14,6 +14,7 @@ import torch
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.evaluation import pictures
 from aimnet2mult.evaluation.compare import ATOMS_PER_CALL, Comparison, compare
+from aimnet2mult.evaluation.differences import AllEnergies, Difference, energies_csv
 from aimnet2mult.evaluation.history import learning_curves
 from aimnet2mult.evaluation.models import Predictor, predict_residuals
 from aimnet2mult.evaluation.page import html_page
@@ -27,6 +28,9 @@ from aimnet2mult.utils.files import atomic_path, write_text_atomic
 logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
+
+ENERGIES = "all_fidelities.csv"
+"""Total energies of each molecule in all fidelities."""
 
 PARITY, HISTOGRAMS, CURVES = "parity.png", "error_histograms.png", "learning_curves.png"
 
@@ -62,6 +66,10 @@ class Report:
         Records of ``metrics.jsonl``; empty: no learning curves.
     history_units : mapping
         Units of the errors in them, `aimnet2mult.evaluation.history.metric_units`.
+    differences : sequence of Difference
+        Differences between the fidelities of a model.
+    energies : sequence of AllEnergies
+        Energies that they come from, for ``all_fidelities.csv``.
     """
 
     title: str
@@ -70,6 +78,8 @@ class Report:
     about: dict[str, str] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     history_units: Mapping[str, str] = field(default_factory=dict)
+    differences: Sequence[Difference] = ()
+    energies: Sequence[AllEnergies] = ()
 
     def write(self, folder: Path) -> Path:
         """Write the report to a folder, which is made if it does not exist; return the path of the page.
@@ -87,11 +97,16 @@ class Report:
                     temporary.write_bytes(drawn[name])
             else:
                 (folder / name).unlink(missing_ok=True)
-        write_text_atomic(folder / "errors.json", json_text(self.comparisons, self.units, about))
+        write_text_atomic(folder / "errors.json", json_text(self.comparisons, self.units, about, self.differences))
         write_text_atomic(folder / "errors.csv", csv_text(self.comparisons, self.units))
-        write_text_atomic(folder / "errors.md", markdown_text(self.comparisons, self.units))
+        write_text_atomic(folder / "errors.md", markdown_text(self.comparisons, self.units, self.differences))
+        if self.energies:
+            write_text_atomic(folder / ENERGIES, energies_csv(self.energies))
+        else:
+            (folder / ENERGIES).unlink(missing_ok=True)
         captioned = {CAPTIONS[name]: png for name, png in drawn.items()}
-        write_text_atomic(folder / PAGE, html_page(self.comparisons, self.units, captioned, self.title, about))
+        page = html_page(self.comparisons, self.units, captioned, self.title, about, self.differences)
+        write_text_atomic(folder / PAGE, page)
         return folder / PAGE
 
     def _pictures(self) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from aimnet2mult.constants import ELEMENT_SYMBOLS
 from aimnet2mult.evaluation.compare import Comparison, WorstMolecule, headings
+from aimnet2mult.evaluation.differences import Difference, numbers
 from aimnet2mult.evaluation.properties import PROPERTIES, Units
 from aimnet2mult.evaluation.statistics import PropertyErrors, Sums, size_ranges
 
@@ -117,13 +118,27 @@ def number(value: float) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def json_text(comparisons: Sequence[Comparison], units: Units, about: Mapping[str, Any]) -> str:
+def json_text(
+    comparisons: Sequence[Comparison], units: Units, about: Mapping[str, Any], differences: Sequence[Difference] = ()
+) -> str:
     """Everything as JSON, numbers in the units of the report; NaN and infinity are null."""
+    factors = {key: units.factor(key) for key in PROPERTIES}
     content = {
         "format_version": FORMAT_VERSION,
         "about": dict(about),
         "units": {key: units.name(key) for key in PROPERTIES},
         "comparisons": [_plain(comparison, units) for comparison in comparisons],
+        "differences": [
+            {
+                "model": d.model,
+                "data": d.data,
+                "fidelity": d.fidelity,
+                "reference": d.reference,
+                "molecules": d.molecules,
+                **numbers(d, factors),
+            }
+            for d in differences
+        ],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -212,9 +227,33 @@ def markdown_summary(comparisons: Sequence[Comparison], units: Units) -> str:
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
 
-def markdown_text(comparisons: Sequence[Comparison], units: Units) -> str:
+DIFFERENCES = "Differences between fidelities"
+
+DIFFERENCES_HEAD = ("model", "data", "fidelities", "molecules", "property", "unit", "mean", "standard deviation")
+
+
+def difference_cells(differences: Sequence[Difference], units: Units) -> list[list[str]]:
+    """Rows of the table of `DIFFERENCES_HEAD` as text."""
+    return [
+        [
+            *(d.model, d.data, d.title, str(d.molecules), PROPERTIES[key].axis, units.name(key)),
+            *(number(units.factor(key) * value) if moments.count else "-" for value in (moments.mean, moments.std)),
+        ]
+        for d in differences
+        for key, moments in d.moments.items()
+    ]
+
+
+def markdown_differences(differences: Sequence[Difference], units: Units) -> str:
+    """Differences between fidelities as a Markdown table."""
+    return "\n".join(_markdown_table(DIFFERENCES_HEAD, difference_cells(differences, units))) + "\n"
+
+
+def markdown_text(comparisons: Sequence[Comparison], units: Units, differences: Sequence[Difference] = ()) -> str:
     """Everything as Markdown."""
     parts = ["# Errors of models", markdown_summary(comparisons, units)]
+    if differences:
+        parts += [f"## {DIFFERENCES}", markdown_differences(differences, units)]
     for breakdown in BREAKDOWNS:
         body = [
             [heading, row.title, row.unit, row.part, *_cells(row)]

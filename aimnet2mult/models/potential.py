@@ -106,11 +106,11 @@ class Potential:
             torch.jit.save(self.module, program)
         return _unpickled, (program.getvalue(), self.metadata, self.description)
 
-    def _called(self, data: dict[str, Tensor], function: Model | None = None) -> dict[str, Tensor]:
+    def _called(self, data: dict[str, Tensor], *function: Model) -> dict[str, Tensor]:
         if not torch.is_inference_mode_enabled():
-            return self._run(data, function)
+            return self._run(data, *function)
         with torch.inference_mode(False), torch.no_grad():
-            return self._run(data, function)
+            return self._run(data, *function)
 
     def _run(self, data: dict[str, Tensor], function: Model | None = None) -> dict[str, Tensor]:
         # Tensors made under inference mode cannot be differentiated by, their copies can.

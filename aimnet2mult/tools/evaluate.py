@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from aimnet2mult.data.base import MoleculeSource
     from aimnet2mult.evaluation.compare import Comparison
-    from aimnet2mult.evaluation.models import Predictor
+    from aimnet2mult.evaluation.differences import Difference
+    from aimnet2mult.evaluation.models import Predictor, Together
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Task(NamedTuple):
     source: MoleculeSource
     data: str
     indices: np.ndarray | None
+    together: Together | None
 
 
 def requests_in_order(order: Sequence[str], models: Sequence[str], data: Sequence[str]) -> list[Request]:
@@ -108,7 +110,8 @@ def evaluate(
     unit: str = "eV",
     max_molecules: int | None = None,
     atoms_per_call: int | None = None,
-) -> tuple[list[Comparison], Path]:
+    all_fidelities: bool = False,
+) -> tuple[list[Comparison], list[Difference], Path]:
     """Compare models with datasets and write a report.
 
     Everything is checked before the first molecule is evaluated.
@@ -131,11 +134,15 @@ def evaluate(
         Evaluate no more than this of each dataset, drawn at random.
     atoms_per_call : int, optional
         Atoms in one call of a model; default by device.
+    all_fidelities : bool
+        Evaluate all fidelities of each model on the molecules of its datasets, and how they differ.
 
     Returns
     -------
     comparisons : list of Comparison
         The errors.
+    differences : list of Difference
+        Of each other fidelity from that of the dataset; empty unless asked for.
     page : Path
         ``index.html``.
 
@@ -145,6 +152,7 @@ def evaluate(
         What is wrong with the arguments or the files; nothing has been written then.
     """
     from aimnet2mult.evaluation.compare import check_elements, compare
+    from aimnet2mult.evaluation.differences import differences
     from aimnet2mult.evaluation.properties import Units
     from aimnet2mult.evaluation.report import Report, default_atoms_per_call
 
@@ -155,20 +163,18 @@ def evaluate(
     records, record_units = _history(requests, history)
     model_names = short_names([str(request.model) for request in requests])
     data_names = short_names([split_data(text)[1] for request in requests for text in request.data])
-    tasks = [task for request in requests for task in _tasks(request, fidelity, place, model_names, data_names)]
+    tasks = [
+        task
+        for request in requests
+        for task in _tasks(request, fidelity, place, model_names, data_names, all_fidelities)
+    ]
     for task in tasks:
         check_elements(task.predictor, task.source)
-    comparisons = [
-        compare(
-            task.predictor,
-            task.source,
-            task.data,
-            task.indices,
-            max_molecules=max_molecules,
-            atoms_per_call=atoms_per_call or default_atoms_per_call(place),
-        )
-        for task in tasks
-    ]
+    amount: dict[str, Any] = {
+        "max_molecules": max_molecules,
+        "atoms_per_call": atoms_per_call or default_atoms_per_call(place),
+    }
+    comparisons = [compare(task.predictor, task.source, task.data, task.indices, **amount) for task in tasks]
     if not any(comparison.errors for comparison in comparisons):
         names = ", ".join(dict.fromkeys(task.source.name for task in tasks))
         raise ValueError(f"{names}: no molecule has a label that the model predicts")
@@ -176,8 +182,16 @@ def evaluate(
         "Models": ", ".join(str(request.model) for request in requests),
         "Data": ", ".join(dict.fromkeys(task.source.name for task in tasks)),
     }
+    found, energies = [], []
+    for task in tasks:
+        if task.together is not None:
+            level = task.predictor.fidelity
+            between, table = differences(task.together, task.source, task.data, level, task.indices, **amount)
+            found += between
+            energies.append(table)
     title = "Errors of " + ", ".join(dict.fromkeys(comparison.model for comparison in comparisons))
-    return comparisons, Report(title, comparisons, units, about, records, record_units).write(output)
+    report = Report(title, comparisons, units, about, records, record_units, found, energies)
+    return comparisons, found, report.write(output)
 
 
 def _check_folder(output: Path) -> None:
@@ -232,6 +246,7 @@ def _tasks(
     device: torch.device,
     model_names: Mapping[str, str],
     data_names: Mapping[str, str],
+    all_fidelities: bool,
 ) -> list[Task]:
     """What is to be computed for a request: files opened, fidelities found."""
     from aimnet2mult.data.sgdataset import open_dataset
@@ -243,6 +258,7 @@ def _tasks(
         path = checkpoint_of_run(path)
         logger.info("%s: evaluating %s", request.model, path.name)
     model = open_model(path, device, model_names[str(request.model)])
+    together = model.together() if all_fidelities else None
     predictors: dict[int, Predictor] = {}
 
     def predictor(asked: str | None) -> Predictor:
@@ -257,11 +273,11 @@ def _tasks(
             validation = [part for part in validation if model.choose(part.name) == model.choose(fidelity)]
             if not validation:
                 raise ValueError(f"--fidelity {fidelity}: {request.model} has no validation molecules of it")
-        return [Task(predictor(part.name), part.source, "validation", part.indices) for part in validation]
+        return [Task(predictor(part.name), part.source, "validation", part.indices, together) for part in validation]
     tasks = []
     for text in request.data:
         asked, files = split_data(text)
-        tasks.append(Task(predictor(asked or fidelity), open_dataset(files), data_names[files], None))
+        tasks.append(Task(predictor(asked or fidelity), open_dataset(files), data_names[files], None, together))
     return tasks
 
 
@@ -297,6 +313,11 @@ def _tasks(
     type=click.IntRange(min=1),
     help="Atoms in one call of a model; fewer need less memory.  [default: 2000, on GPUs 20000]",
 )
+@click.option(
+    "--all-fidelities",
+    is_flag=True,
+    help="Evaluate all fidelities of each model on the molecules, and tell how they differ from that of the dataset.",
+)
 @click.pass_obj
 @user_errors
 def main(
@@ -310,13 +331,14 @@ def main(
     device: str,
     max_molecules: int | None,
     atoms_per_call: int | None,
+    all_fidelities: bool,
 ) -> None:
     """Compare models with the labels of datasets: errors of each property by fidelity, size and element."""
     from aimnet2mult.evaluation.properties import Units
-    from aimnet2mult.evaluation.tables import markdown_summary
+    from aimnet2mult.evaluation.tables import markdown_differences, markdown_summary
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    comparisons, page = evaluate(
+    comparisons, differences, page = evaluate(
         requests_in_order(given, models, data),
         output,
         fidelity=fidelity,
@@ -325,8 +347,11 @@ def main(
         unit=unit,
         max_molecules=max_molecules,
         atoms_per_call=atoms_per_call,
+        all_fidelities=all_fidelities,
     )
     click.echo(markdown_summary(comparisons, Units(unit)))
+    if differences:
+        click.echo(markdown_differences(differences, Units(unit)))
     click.echo(page)
 
 
