@@ -173,38 +173,29 @@ class CombinedModel(nn.Module):
         for f in range(len(n_known)):
             if n_known[f] == n_mol:
                 complete.append(f)
-        energies: dict[int, Tensor] = {}
-        gradients: dict[int, Tensor] = {}
         apart = keep_graph or inputs["numbers"].numel() == 0
         if forces and not apart:
             apart = nbops.is_flat(nbops.internal_layout(inputs, self.dense_limit))
+        energies: dict[int, Tensor] = {}
+        all_forces: dict[int, Tensor] = {}
         if not apart:
-            energies, gradients = self.evaluate_together(inputs, complete, forces)
-        energy: list[Tensor] = []
-        force: list[Tensor] = []
+            energies, all_forces = self.evaluate_together(inputs, complete, forces)
         for f in range(len(n_known)):
-            if f in energies:
-                energy.append(energies[f])
-                force.append(-gradients[f] if forces else inputs["coord"])
-            elif n_known[f] == n_mol:
-                out = self.evaluate(inputs, f, False)
-                energy.append(out["energy"])
-                force.append(out["forces"])
-            else:
-                e, g = self.evaluate_known(inputs, f, known[f])
-                energy.append(e)
-                force.append(g)
-        results = {"energy": torch.stack(energy), "known": known}
+            if f not in energies:
+                energy, force = self.evaluate_known(inputs, f, known[f], n_known[f])
+                energies[f] = energy
+                all_forces[f] = force
+        results = {"energy": torch.stack([energies[f] for f in range(len(n_known))]), "known": known}
         if forces:
-            results["forces"] = torch.stack(force)
+            results["forces"] = torch.stack([all_forces[f] for f in range(len(n_known))])
         return results
 
     def evaluate_together(
         self, data: dict[str, Tensor], fidelities: list[int], forces: bool
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Energies of a batch in fidelities that know all its elements, and their gradients by ``coord``."""
+        """Energies of a batch in fidelities that know all its elements, and the forces if they are wanted."""
         energies: dict[int, Tensor] = {}
-        gradients: dict[int, Tensor] = {}
+        all_forces: dict[int, Tensor] = {}
         for f in fidelities:
             model: FidelityModel = self.models[f]  # type: ignore[assignment]
             model.set_options(False, False, self.check_spin, self.dense_limit)
@@ -223,22 +214,27 @@ class CombinedModel(nn.Module):
             if forces:
                 (gradient,) = torch.autograd.grad([energy.sum()], [inputs["coord"]], retain_graph=self.shared_backbone)
                 assert gradient is not None
-                gradients[f] = gradient
+                all_forces[f] = -gradient
             energies[f] = energy.detach()
         torch.set_grad_enabled(grad_mode)
         for f in fidelities:
             finite = energies[f].isfinite().all()
             if forces:
-                finite = finite & gradients[f].isfinite().all()
+                finite = finite & all_forces[f].isfinite().all()
             if not bool(finite.item()):
                 self.evaluate(data, f, False)  # which says why
-        return energies, gradients
+        return energies, all_forces
 
-    def evaluate_known(self, data: dict[str, Tensor], fidelity: int, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies (B,) and forces of a batch in one fidelity, NaN for molecules that it does not know, (B,) bool."""
+    def evaluate_known(
+        self, data: dict[str, Tensor], fidelity: int, known: Tensor, n_known: int
+    ) -> tuple[Tensor, Tensor]:
+        """Energies (B,) and forces of a batch in one fidelity; NaN but for the molecules that it knows, (B,) bool."""
+        if n_known == known.shape[0]:
+            whole = self.evaluate(data, fidelity, False)
+            return whole["energy"], whole["forces"]
         energy = torch.full([known.shape[0]], float("nan"), dtype=torch.float64, device=known.device)
         forces = torch.full_like(data["coord"], float("nan"))
-        if not bool(known.any().item()):
+        if n_known == 0:
             return energy, forces
         chosen = torch.full([known.shape[0]], -1, dtype=torch.long, device=known.device)
         out = self.evaluate_mixed(data, chosen.masked_fill(known, fidelity), [fidelity], False)
