@@ -1,11 +1,12 @@
 """How the fidelities of a model differ from each other: all of them on the molecules of a dataset, without its labels.
 
-With E_f the total energy of a fidelity and SAE_f the sum of its self-atomic energies, the differences are
+With E_f the total energy of a fidelity and E_ref,f its reference energy (self-atomic energies, and terms in charge and
+spin where it has them), the differences are
 
-    ΔE = (E_f - SAE_f) - (E_r - SAE_r)        ΔF = F_f - F_r (each component)
+    ΔE = (E_f - E_ref,f) - (E_r - E_ref,r)        ΔF = F_f - F_r (each component)
 
-for each fidelity f against the reference r. What self-atomic energies say about a composition is out of ΔE; how well
-they were fitted is not.
+for each fidelity f against the reference r. What reference energies say about a molecule is out of ΔE; how well they
+were fitted is not.
 """
 
 import math
@@ -151,12 +152,13 @@ def differences(
     with tqdm(total=len(chosen), desc=f"{data}, all", unit="molecule", unit_scale=True, disable=None) as progress:
         for rows, arrays in pieces(source, chosen, list(INPUTS), atoms_per_call):
             check_inputs(source, rows, arrays)
+            inputs = {key: arrays[key] for key in INPUTS if key in arrays}
             try:
-                out = model.predict({key: arrays[key] for key in INPUTS if key in arrays})
+                out = model.predict(inputs)
             except ValueError as error:
                 raise ValueError(f"{source.where(int(rows[0]))} and {len(rows) - 1} more molecules: {error}") from error
             energies[:, np.searchsorted(chosen, rows)] = out["energy"]
-            relative = {"energy": out["energy"] - model.references(arrays["numbers"]), "forces": out["forces"]}
+            relative = {"energy": out["energy"] - model.references(inputs), "forces": out["forces"]}
             for f, difference in found.items():
                 difference.molecules += int(np.isfinite(relative["energy"][f] - relative["energy"][reference]).sum())
                 for key, moments in difference.moments.items():
