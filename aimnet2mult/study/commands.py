@@ -79,6 +79,8 @@ class Stage:
         Dotted key -> value, what the protocol says.
     load : str
         Folder of the run whose model it starts from; empty: from nothing.
+    model : Path, optional
+        YAML file of its model; default that of the study.
     """
 
     parts: tuple[Part, ...]
@@ -88,6 +90,7 @@ class Stage:
     shares: Mapping[str, float]
     settings: Mapping[str, Any]
     load: str = ""
+    model: Path | None = None
 
 
 class Commands:
@@ -103,7 +106,7 @@ class Commands:
 
     def __init__(self, study: StudyConfig, folder: Path) -> None:
         self.study, self.folder = study, folder.absolute()
-        self.model, self.settings = self._relative(study.model), self._relative(study.train)
+        self.settings = self._relative(study.train)
         self.files = {
             name: tuple(map(self._relative, expand_files(fidelity.files)))
             for name, fidelity in study.fidelities.items()
@@ -128,6 +131,8 @@ class Commands:
         """
         load_model_config(self.study.model)
         for name, protocol in self.study.protocols.items():
+            if protocol.model is not None:
+                load_model_config(protocol.model)
             kind = self.study.kind(name)
             self._check_stage(f"protocols.{name}", kind, protocol.settings)
             if kind in PRETRAINED:
@@ -160,7 +165,8 @@ class Commands:
         """Train a model."""
         overrides = self._overrides(stage, f"{folder}/{RUN}")
         load = ("--load", f"{stage.load}/{RUN}/{MODEL}") if stage.load else ()
-        arguments = ("--config", self.settings, "--model", self.model, *load, "--resume", "auto", "--processes", "1")
+        model = self._relative(stage.model or self.study.model)
+        arguments = ("--config", self.settings, "--model", model, *load, "--resume", "auto", "--processes", "1")
         files = [file for part in stage.parts for file in (*part.files, part.validation) if file]
         reads = [*(part.sae for part in stage.parts), *([stage.load] if stage.load else [])]
         return Command(
@@ -168,7 +174,7 @@ class Commands:
             "aimnet2mult.train.cli",
             (*arguments, *overrides),
             f"{RUN}/{MODEL}",
-            (self.settings, self.model, *files),
+            (self.settings, model, *files),
             tuple(reads),
             "device=",
         )
@@ -251,5 +257,7 @@ def pretraining_key(study: StudyConfig, name: str) -> str:
     """Name of the pretraining of a protocol: the same for protocols whose pretraining is the same."""
     protocol = study.protocols[name]
     shares = shares_of(study, protocol.pretraining_shares, study.others)
-    content = [pretraining_steps(study, name), shares, dict(protocol.pretraining_settings), sorted(protocol.terms)]
+    model = "" if protocol.model is None else os.path.relpath(protocol.model, study.model.parent)
+    settings = dict(protocol.pretraining_settings)
+    content = [pretraining_steps(study, name), shares, settings, sorted(protocol.terms), model]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]

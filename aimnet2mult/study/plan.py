@@ -183,7 +183,7 @@ class Plan:
         )
         shares = shares_of(self.study, settings.pretraining_shares, self.study.others)
         steps = pretraining_steps(self.study, protocol)
-        stage = Stage(parts, steps, rate, seed, shares, settings.pretraining_settings)
+        stage = Stage(parts, steps, rate, seed, shares, settings.pretraining_settings, model=settings.model)
         folder = f"{RUNS}/pretraining_{pretraining_key(self.study, protocol)}/seed{seed}/lr{rate:g}"
         return self.commands.train(folder, stage)
 
@@ -299,7 +299,8 @@ class Plan:
         shares = shares_of(self.study, protocol.shares, names) if names else {}
         pretrained = self._is_pretrained(point) and kind != DELTA
         load = self.pretraining(point.protocol, point.seed).folder if pretrained else ""
-        stage = Stage(tuple(parts), self.own_steps(point), rate, point.seed, shares, protocol.settings, load)
+        steps = self.own_steps(point)
+        stage = Stage(tuple(parts), steps, rate, point.seed, shares, protocol.settings, load, protocol.model)
         return self.commands.train(f"{point.folder}/lr{rate:g}", stage)
 
     def _validate(self, point: Point, rate: float) -> Command:

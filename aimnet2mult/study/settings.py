@@ -81,6 +81,7 @@ class ProtocolConfig:
     """A way to train."""
 
     kind: str | None = option("target_only, mixed, fine_tune, joint or delta; null: the name of the protocol", None)
+    model: Path | None = option("YAML file of its model; null: that of the study", None)
     shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; default: target 0.4", {})
     pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.5", None)
     pretraining_shares: dict[str, float] = option("the same as shares, in pretraining; default: equal", {})
@@ -212,8 +213,9 @@ def _fidelity_problems(study: StudyConfig) -> Iterator[str]:
 
 
 def _file_problems(study: StudyConfig) -> Iterator[str]:
-    for key, path in (("model", study.model), ("train", study.train)):
-        if not path.is_file():
+    models = {f"protocols.{name}.model": protocol.model for name, protocol in study.protocols.items()}
+    for key, path in {"model": study.model, "train": study.train, **models}.items():
+        if path is not None and not path.is_file():
             yield f"{key}: {path}: no such file"
     lists = {f"fidelities.{name}.files": fidelity.files for name, fidelity in study.fidelities.items()}
     for key, files in {**lists, "test": study.test}.items():

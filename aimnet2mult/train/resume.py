@@ -6,16 +6,16 @@ A run goes on with the settings and the data that it began with; `FREE_SETTINGS`
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.models.base import load_checkpoint, load_model_config
-from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.configuration import DEFAULT_CONFIG, load_config, read_yaml
 from aimnet2mult.train.data import Data
 from aimnet2mult.train.run_folder import MARKS, Resume, changed_data, find_resume
-from aimnet2mult.train.schema import TrainConfig, to_dict
+from aimnet2mult.train.schema import TrainConfig, to_dict, yaml_key
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,8 @@ def check_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     Parameters
     ----------
     before : mapping
-        Settings in its checkpoint (``train_config``).
+        Settings in its checkpoint (``train_config``); those that its version of the package did not have were what the
+        packaged settings say.
     config : TrainConfig
         Settings now.
 
@@ -164,7 +165,8 @@ def check_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     ConfigError
         A setting differs that the state of the run depends on; all of them are named.
     """
-    changes = list(_differences(before, to_dict(config)))
+    began = _with_later_settings(before, config, read_yaml(DEFAULT_CONFIG))
+    changes = list(_differences(began, to_dict(config)))
     refused = [f"{key}: {old} when the run began, {new} now" for key, old, new in changes if not _is_free(key)]
     if refused:
         raise ConfigError(
@@ -217,6 +219,18 @@ def _keep_place(config: TrainConfig, before: Mapping[str, Any], folder: Path, ov
         if key in given and getattr(owner, name) != value:
             raise ConfigError(f"{key}: a run that goes on keeps its own, {value}; remove {key} from the command line")
         setattr(owner, name, value)
+
+
+def _with_later_settings(before: Mapping[str, Any], config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the default values of the settings (of a section) that are not there."""
+    complete = dict(before)
+    for field in fields(config):
+        key, part = yaml_key(field.name), getattr(config, field.name)
+        if key not in complete and key in defaults:
+            complete[key] = defaults[key]
+        elif is_dataclass(part) and isinstance(complete.get(key), Mapping) and isinstance(defaults.get(key), Mapping):
+            complete[key] = _with_later_settings(complete[key], part, defaults[key])
+    return complete
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aimnet2mult.study.commands import Commands, pretraining_key, text
+from aimnet2mult.study.commands import Commands, Part, Stage, pretraining_key, text
 from aimnet2mult.study.settings import load_study, pretraining_steps, shares_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -80,6 +80,19 @@ def test_protocols_that_pretrain_alike_share_it(folder):
     assert pretraining_key(study, "fine_tune") == pretraining_key(study, "joint") != pretraining_key(study, "other")
 
 
+def test_a_protocol_may_have_a_model_of_its_own(folder):
+    (folder / "other.yaml").symlink_to(FIXTURES / "ref_mixed_model.yaml")
+    protocols = {"joint": {}, "other": {"kind": "joint", "model": "other.yaml"}}
+    study = load(folder, protocols=protocols)
+    assert pretraining_key(study, "joint") != pretraining_key(study, "other")
+    commands = Commands(study, folder / "out")
+    for name, expected in (("joint", "../model.yaml"), ("other", "../other.yaml")):
+        stage = Stage((Part("gfn2", ("fid1.h5",)),), 10, 1e-3, 0, {}, {}, model=study.protocols[name].model)
+        command = commands.train("run", stage)
+        assert command.arguments[command.arguments.index("--model") + 1] == expected
+        assert expected in command.inputs
+
+
 def test_the_settings_of_all_kinds_are_right(folder):
     check(folder)
 
@@ -120,6 +133,7 @@ def test_the_settings_of_all_kinds_are_right(folder):
         ({"score": {"energy": 0.0, "forces": 0.0}}, "score: expected weights"),
         ({"validation": {"fraction": 1.0}}, r"validation.fraction: expected a share in \(0, 1\)"),
         ({"model": "modell.yaml"}, "model: .*modell.yaml: no such file"),
+        ({"protocols": {"mixed": {"model": "modell.yaml"}}}, "protocols.mixed.model: .*modell.yaml: no such file"),
         ({"test": "absent.h5"}, "test: .*absent.h5"),
         (
             {"fidelities": {"dft": {"files": "fid0.h5"}}, "protocols": {"mixed": {}}},

@@ -17,8 +17,10 @@ from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.models.base import load_checkpoint
 from aimnet2mult.train import engine, loop, run_folder
 from aimnet2mult.train.calc_sae import calc_sae
-from aimnet2mult.train.resume import AUTO, read_job
+from aimnet2mult.train.configuration import load_config
+from aimnet2mult.train.resume import AUTO, check_settings, read_job
 from aimnet2mult.train.runner import run_training
+from aimnet2mult.train.schema import to_dict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = FIXTURES / "ref_single_model.yaml"
@@ -262,6 +264,16 @@ def test_a_moved_folder_goes_on_where_it_is(finished, tmp_path):
 def test_settings_that_a_run_depends_on_stay(finished, override, message):
     with pytest.raises(ConfigError, match=message + r"(.|\n)*--load"):
         read_job(resume=finished, overrides=[override])
+
+
+def test_settings_that_came_later_were_what_the_packaged_ones_say(finished):
+    config = load_config(finished / "train.yaml", [])
+    before = to_dict(config)
+    del before["sharing"], before["trainer"]["gradient_report"]
+    assert check_settings(before, config) == []
+    config.sharing.embedding = "shared"
+    with pytest.raises(ConfigError, match=r"sharing\.embedding: own when the run began, shared now"):
+        check_settings(before, config)
 
 
 def test_another_model_is_refused(finished, tmp_path):
