@@ -112,8 +112,14 @@ def prepare(study: StudyConfig, folder: Path) -> StudyData:
     ------
     ValueError
         Too few compositions; test molecules with elements that are not in the pool; delta learning without common
-        geometries.
+        geometries; a folder that holds files but no study.
     """
+    record = folder / FOLDER / RECORD
+    if not record.is_file():
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder}: holds files, but no study; --output needs a new or an empty folder")
+        record.parent.mkdir()
+        write_text_atomic(record, json.dumps({"key": "not complete"}))
     target, test = open_dataset(study.fidelities[study.target].files), open_dataset(study.test)
     lows = {study.low(name) for name in study.protocols if study.kind(name) == DELTA}
     others = {low: open_dataset(study.fidelities[low].files) for low in study.others if low in lows}
@@ -131,7 +137,7 @@ def prepare(study: StudyConfig, folder: Path) -> StudyData:
         return known
     logger.info("writing the data of the study to %s", folder / FOLDER)
     data = _write(study, folder, target, test, others, orders)
-    write_text_atomic(folder / FOLDER / RECORD, json.dumps({"key": key, **asdict(data)}, indent=1) + "\n")
+    write_text_atomic(record, json.dumps({"key": key, **asdict(data)}, indent=1) + "\n")
     return data
 
 

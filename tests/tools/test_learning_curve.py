@@ -227,6 +227,24 @@ def test_a_mistake_ends_with_status_2_and_leaves_nothing(sources):
     assert not output.exists()
 
 
+def test_a_folder_with_other_files_is_left_alone(sources, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    done = CliRunner().invoke(main, ["-c", str(sources / "study.yaml"), "-o", str(tmp_path), "--dry-run"])
+    assert done.exit_code == 2
+    assert f"{tmp_path}: holds files, but no study; --output needs a new or an empty folder" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_data_that_were_not_written_to_the_end_are_written_again(sources, monkeypatch):
+    output = sources / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr("aimnet2mult.study.data.write_structures", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            planned(sources / "study.yaml", output)
+    plan = planned(sources / "study.yaml", output)
+    assert len(open_dataset(output / plan.data.subset(1.0, 0).file)) > 0
+
+
 def test_delta_without_common_geometries_is_refused(sources, tmp_path):
     import h5py
 
