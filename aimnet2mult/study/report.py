@@ -147,6 +147,8 @@ class Report:
         """What a protocol does, in short."""
         study, protocol, kind = self.plan.study, self.plan.study.protocols[name], self.plan.study.kind(name)
         words = [kind]
+        if protocol.model is not None:
+            words.append(f"model {protocol.model.name}")
         if kind in PRETRAINED:
             words.append(f"pretrained for {pretraining_steps(study, name)} steps on {', '.join(study.others)}")
         if kind in (MIXED, JOINT) and protocol.shares:

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import aimnet2mult
 from aimnet2mult.data.sgdataset import open_dataset
 from aimnet2mult.study.jobs import Workshop
+from aimnet2mult.study.report import Report
 from aimnet2mult.study.results import collect
 from aimnet2mult.study.subsets import arrays_of
 from aimnet2mult.tools.learning_curve import main, planned
@@ -243,6 +244,14 @@ def test_data_that_were_not_written_to_the_end_are_written_again(sources, monkey
             planned(sources / "study.yaml", output)
     plan = planned(sources / "study.yaml", output)
     assert len(open_dataset(output / plan.data.subset(1.0, 0).file)) > 0
+
+
+def test_the_report_says_which_protocol_has_another_model(sources, tmp_path):
+    shutil.copy(FIXTURES / "ref_single_model.yaml", tmp_path / "other.yaml")
+    plan = planned(sources / "study.yaml", tmp_path / "out", [f"protocols.target_only.model={tmp_path / 'other.yaml'}"])
+    page = Report(plan, [], plan.points).write().read_text()
+    assert "- target_only: target_only; model other.yaml; reference energies plain" in page
+    assert page.count("model other.yaml") == 1
 
 
 def test_delta_without_common_geometries_is_refused(sources, tmp_path):
