@@ -46,6 +46,15 @@ def share_backbone(models: Sequence[DeployableModel]) -> bool:
     return True
 
 
+def without_fidelity(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as a model of one fidelity takes it: without the key ``fidelity``."""
+    inputs: dict[str, Tensor] = {}
+    for key, value in data.items():
+        if key != "fidelity":
+            inputs[key] = value
+    return inputs
+
+
 class CombinedModel(nn.Module):
     """Several `DeployableModel` behind one: the key ``fidelity`` selects by index.
 
@@ -115,10 +124,7 @@ class CombinedModel(nn.Module):
         ValueError
             As `DeployableModel`; a fidelity that there is not.
         """
-        inputs: dict[str, Tensor] = {}
-        for key, value in data.items():
-            if key != "fidelity":
-                inputs[key] = value
+        inputs = without_fidelity(data)
         present = [self.default_fidelity]
         if "fidelity" in data:
             # Which parts are to run can only be decided here: one wait for the device.
@@ -158,10 +164,7 @@ class CombinedModel(nn.Module):
         ValueError
             As `DeployableModel`; an element that no fidelity knows.
         """
-        inputs: dict[str, Tensor] = {}
-        for key, value in data.items():
-            if key != "fidelity":
-                inputs[key] = value
+        inputs = without_fidelity(data)
         known = self.known_molecules(inputs)
         n_mol = known.shape[1]
         keep_graph = torch.is_grad_enabled() and (
