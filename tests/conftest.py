@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aimnet2mult.models.base import build_model, layout_of_weights, load_checkpoint, load_model_config, load_weights
+from aimnet2mult.train.calc_sae import calc_sae
 
 torch.set_num_threads(1)
 
@@ -21,6 +22,23 @@ FIXTURES = Path(__file__).parent / "fixtures"
 @pytest.fixture(scope="session")
 def fixtures_dir():
     return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def tiny_fidelities(tmp_path_factory):
+    """Settings of the data of a run: name -> number of a tiny file, such as ``tiny_fidelities(dft=0, gfn2=1)``."""
+    folder = tmp_path_factory.mktemp("sae")
+
+    def settings(**numbers):
+        found = []
+        for name, f in numbers.items():
+            data, sae = FIXTURES / f"tiny_fid{f}.h5", folder / f"sae{f}.yaml"
+            if not sae.is_file():
+                calc_sae(data, sae)
+            found += [f"data.fidelities.{name}.files={data}", f"data.fidelities.{name}.sae={sae}"]
+        return found
+
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,7 @@ def artifact(tmp_path_factory, fixtures_dir, sae_file, two_channels, published):
         else:
             config = yaml.safe_load((fixtures_dir / "peer_v2_lr_source_model.yaml").read_text())
             weights = load_checkpoint(fixtures_dir / "peer_v2_lr.pt")["model"]
+            # They stand for those of a training, which have no NaN; an artifact has it for elements that it lacks.
             weights["afv.weight"] = weights["afv.weight"].nan_to_num()
         config, weights = copy.deepcopy(config), dict(weights)
         change(kind, config)

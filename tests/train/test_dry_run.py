@@ -8,7 +8,6 @@ import torch
 
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.train import loop, runner
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.dry_run import rehearse
 from aimnet2mult.train.resume import read_job
 from aimnet2mult.train.runner import run_training
@@ -18,17 +17,11 @@ MODEL = FIXTURES / "ref_single_model.yaml"
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tiny_fidelities, tmp_path):
     """Settings of a run of 3 epochs with 7 steps each; dft has forces, pm7 has none."""
     options = ["device=cpu", "run_name=r", "report=false", "trainer.epochs=3"]
     options += ["data.samplers.train.kwargs.batch_size=512", f"checkpoint.dirname={tmp_path / 'run'}"]
-    for f, name in ((0, "dft"), (2, "pm7")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", tmp_path / f"{name}.yaml")
-        options += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={tmp_path / f'{name}.yaml'}",
-        ]
-    return options
+    return [*options, *tiny_fidelities(dft=0, pm7=2)]
 
 
 def rehearsal(settings, *more, **options):

@@ -12,7 +12,6 @@ from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_model_config
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.engine import make_step, without_fidelities
 from aimnet2mult.train.loop import Training
 from aimnet2mult.train.loss import MTLoss
@@ -96,18 +95,11 @@ def test_a_batch_of_nothing_else_teaches_nothing():
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sae")
+def common(tiny_fidelities):
     settings = ["device=cpu", "run_name=r", "report=false", "scheduler=null", "trainer.epochs=4"]
     settings += ["data.samplers.train.kwargs.batch_size=512", "checkpoint.every_iterations=3"]
     settings += ["trainer.early_stopping.patience=null"]
-    for f, name in enumerate(("dft", "gfn2")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={folder / f'{name}.yaml'}",
-        ]
-    return settings
+    return [*settings, *tiny_fidelities(dft=0, gfn2=1)]
 
 
 DFT_STOPS = ["trainer.early_stopping.fidelities={dft: {patience: 1, min_delta: 1000}}"]

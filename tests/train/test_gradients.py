@@ -13,7 +13,6 @@ from aimnet2mult.data.collate import collate
 from aimnet2mult.data.mixed import MixedFidelityDataset
 from aimnet2mult.models.base import build_model, load_checkpoint, load_model_config
 from aimnet2mult.modules import Forces
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.engine import make_step
 from aimnet2mult.train.gradients import make_gradient_reporter, shared_weights
 from aimnet2mult.train.loggers import Loggers
@@ -179,9 +178,8 @@ def test_two_processes_report_what_one_does(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
+def common(tiny_fidelities):
     """Settings of a small run with all that a step may change."""
-    folder = tmp_path_factory.mktemp("sae")
     settings = [
         "device=cpu",
         "run_name=r",
@@ -192,13 +190,7 @@ def common(tmp_path_factory):
     ]
     settings += ["log_frequency.train=2", "data.samplers.train.kwargs.batch_size=256", "checkpoint.every_iterations=3"]
     settings += ["loss.class=aimnet2mult.train.loss.MTAdaWLoss"]
-    for f, name in enumerate(("dft", "gfn2")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={folder / f'{name}.yaml'}",
-        ]
-    return settings
+    return [*settings, *tiny_fidelities(dft=0, gfn2=1)]
 
 
 def train(common, folder, *overrides):

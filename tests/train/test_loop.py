@@ -13,7 +13,6 @@ from ignite.engine import Engine
 
 from aimnet2mult.models.base import load_checkpoint
 from aimnet2mult.train import loop
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.loop import NotFiniteError, StoppedError, Training, evaluate
 from aimnet2mult.train.resume import read_job
 from aimnet2mult.train.run_folder import Checkpoints
@@ -26,18 +25,11 @@ EPOCHS, STEPS_PER_EPOCH = 2, 8
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
+def common(tiny_fidelities):
     """Settings of a small run."""
-    folder = tmp_path_factory.mktemp("sae")
     settings = ["device=cpu", "run_name=r", "report=false", "optimizer.kwargs.lr=5e-3", "scheduler=null"]
     settings += [f"trainer.epochs={EPOCHS}", "log_frequency.train=1", "data.samplers.train.kwargs.batch_size=256"]
-    for f, name in enumerate(("dft", "gfn2")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={folder / f'{name}.yaml'}",
-        ]
-    return settings
+    return [*settings, *tiny_fidelities(dft=0, gfn2=1)]
 
 
 def train(common, folder, *overrides):

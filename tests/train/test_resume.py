@@ -16,7 +16,6 @@ import torch
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.models.base import load_checkpoint
 from aimnet2mult.train import engine, loop, run_folder
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.configuration import load_config
 from aimnet2mult.train.resume import AUTO, check_settings, read_job
 from aimnet2mult.train.runner import run_training
@@ -40,18 +39,11 @@ EVERYTHING = (
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
+def common(tiny_fidelities):
     """Settings of a small run."""
-    folder = tmp_path_factory.mktemp("sae")
     settings = ["device=cpu", "run_name=r", "optimizer.kwargs.lr=5e-3", "data.samplers.train.kwargs.batch_size=256"]
     settings += ["report=false"]  # takes longer than the training
-    for f, name in enumerate(("dft", "gfn2")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={folder / f'{name}.yaml'}",
-        ]
-    return settings
+    return [*settings, *tiny_fidelities(dft=0, gfn2=1)]
 
 
 # --------------------------------------------------------------------------------------------------

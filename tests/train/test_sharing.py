@@ -17,7 +17,6 @@ from aimnet2mult.models.mixed_fidelity_aimnet2 import embedding_blocks, fidelity
 from aimnet2mult.modules import Forces
 from aimnet2mult.nbops import encode_fidelity
 from aimnet2mult.train.acceleration import CompiledForces
-from aimnet2mult.train.calc_sae import calc_sae
 from aimnet2mult.train.ema import WeightAverage
 from aimnet2mult.train.engine import make_step
 from aimnet2mult.train.fidelity_specific_utils import transfer_weights
@@ -445,16 +444,11 @@ def test_two_processes_share_as_one_does(tmp_path):
         torch.testing.assert_close(one[key], value, atol=1e-10, rtol=1e-8)
 
 
-def test_a_run_that_goes_on_shares_as_before(tmp_path):
+def test_a_run_that_goes_on_shares_as_before(tiny_fidelities, tmp_path):
     settings = ["device=cpu", "run_name=r", "report=false", "scheduler=null", "log_frequency.train=1"]
     settings += ["optimizer.kwargs={lr: 5e-3, weight_decay: 1e-2}", "data.samplers.train.kwargs.batch_size=256"]
     settings += ["sharing={start: independent, embedding: shared, closeness: {weight: 0.01, to: gfn2, decay: 9}}"]
-    for f, name in enumerate(("dft", "gfn2")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", tmp_path / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={tmp_path / f'{name}.yaml'}",
-        ]
+    settings += tiny_fidelities(dft=0, gfn2=1)
     model, runs = FIXTURES / "ref_single_model.yaml", [tmp_path / "run", tmp_path / "whole"]
     run_training(read_job(None, model, [*settings, "trainer.epochs=1", f"checkpoint.dirname={runs[0]}"]))
     run_training(read_job(resume=runs[0], overrides=["trainer.epochs=2"]))

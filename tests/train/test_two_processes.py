@@ -10,27 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from aimnet2mult.train.calc_sae import calc_sae
-
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STEPS = 50
 SAME = 1e-10  # relative, in float64: round-off of sums in another order
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
+def arguments(tiny_fidelities):
     """Arguments of a run whose fidelities are unlike: few molecules with all labels, more with energies alone."""
-    folder = tmp_path_factory.mktemp("sae")
     settings = ["--model", str(FIXTURES / "ref_single_model.yaml"), "run_name=r", "device=cpu", "report=false"]
     settings += ["trainer.precision=float64", "optimizer.kwargs.lr=5e-3", "log_frequency.train=1", "trainer.epochs=5"]
     settings += ["data.samplers.train.kwargs.batch_size=96", "checkpoint.every_iterations=7"]
-    for f, name in ((0, "dft"), (2, "gfn1")):
-        calc_sae(FIXTURES / f"tiny_fid{f}.h5", folder / f"{name}.yaml")
-        settings += [
-            f"data.fidelities.{name}.files={FIXTURES / f'tiny_fid{f}.h5'}",
-            f"data.fidelities.{name}.sae={folder / f'{name}.yaml'}",
-        ]
-    return settings
+    return [*settings, *tiny_fidelities(dft=0, gfn1=2)]
 
 
 def start(*arguments):
