@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ class Plan:
         every = [
             Point(protocol, fraction, replicate, *choice)
             for protocol in study.protocols
-            for fraction in study.fractions
+            for fraction in study.fractions_of(protocol)
             for replicate, choice in enumerate(study.replicates(fraction))
         ]
         for point in sorted(every, key=lambda point: point.replicate):
@@ -104,7 +104,8 @@ class Plan:
 
     def _same_as_larger(self, point: Point) -> float | None:
         """The next larger fraction, if it has the same molecules."""
-        larger = min((fraction for fraction in self.study.fractions if fraction > point.fraction), default=None)
+        fractions = self.study.fractions_of(point.protocol)
+        larger = min((fraction for fraction in fractions if fraction > point.fraction), default=None)
         if larger is None or (larger, point.order) not in self.data.sizes:
             return None
         sizes = self.data.sizes
@@ -206,13 +207,15 @@ class Plan:
         return tuple(f"validation of {point.name}, learning rate {rate:g}" for rate in self._rates())
 
     def tune_fractions(self, protocol: str) -> list[float]:
-        """Fractions at which the data allow trials; the largest such one at least."""
+        """Fractions at which the data allow trials, or the largest such one; of these, those whose rates are used."""
         usable = [
             fraction
             for fraction in self.study.all_fractions()
             if not self.subset(Point(protocol, fraction, 0, *self.study.replicates(fraction)[0])).missing
         ]
-        return [fraction for fraction in self.study.tune_fractions if fraction in usable] or usable[-1:]
+        tried = [fraction for fraction in self.study.tune_fractions if fraction in usable] or usable[-1:]
+        used = {_nearest(fraction, tried) for fraction in self.study.fractions_of(protocol)}
+        return [fraction for fraction in tried if fraction in used]
 
     def _before(self, point: Point) -> Iterator[Job]:
         """The fit of the target's reference energies."""
@@ -245,9 +248,8 @@ class Plan:
         yield Job(f"test of {point.name}", partial(self.test, point), (point.name,))
 
     def _tune_fraction(self, point: Point) -> float:
-        """The fraction whose learning rate a point takes: the nearest one on a logarithmic scale."""
-        near = partial(_log_distance, point.fraction)
-        return min(self.tune_fractions(point.protocol), key=near)
+        """The fraction whose learning rate a point takes."""
+        return _nearest(point.fraction, self.tune_fractions(point.protocol))
 
     def own_steps(self, point: Point) -> int:
         """Steps of a point after pretraining."""
@@ -389,8 +391,9 @@ def _with(name: str, terms: list[str]) -> str:
     return "_".join([name, *sorted(terms)])
 
 
-def _log_distance(a: float, b: float) -> float:
-    return abs(math.log(a / b))
+def _nearest(fraction: float, fractions: Sequence[float]) -> float:
+    """The fraction that is nearest on a logarithmic scale."""
+    return min(fractions, key=lambda other: abs(math.log(fraction / other)))
 
 
 def _lowest_loss(run: Path) -> float:

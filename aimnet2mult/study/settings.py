@@ -82,6 +82,7 @@ class ProtocolConfig:
 
     kind: str | None = option("target_only, mixed, fine_tune, joint or delta; null: the name of the protocol", None)
     model: Path | None = option("YAML file of its model; null: that of the study", None)
+    fractions: list[float] = option("those of the study's fractions at which it is run; default: all", [])
     shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; default: target 0.4", {})
     pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.5", None)
     pretraining_shares: dict[str, float] = option("the same as shares, in pretraining; default: equal", {})
@@ -144,6 +145,10 @@ class StudyConfig:
     def low(self, protocol: str) -> str:
         """Fidelity that a protocol adds a difference to."""
         return self.protocols[protocol].low or self.others[0]
+
+    def fractions_of(self, protocol: str) -> list[float]:
+        """Fractions at which a protocol is run."""
+        return self.protocols[protocol].fractions or self.fractions
 
     def replicates(self, fraction: float) -> list[tuple[int, int]]:
         """Order of the molecules and seed of each replicate.
@@ -279,6 +284,8 @@ def _protocol_problems(study: StudyConfig, name: str) -> Iterator[str]:
     for option_name, kinds in OPTIONS_OF.items():
         if getattr(protocol, option_name) not in (None, {}) and kind not in kinds:
             yield f"{key}.{option_name}: a protocol of the kind {kind} has no such option ({', '.join(kinds)} have)"
+    if any(fraction not in study.fractions for fraction in protocol.fractions):
+        yield f"{key}.fractions: expected some of the study's {study.fractions}, found {protocol.fractions}"
     if kind != TARGET_ONLY and not study.others:
         yield f"{key}: needs a fidelity beside {study.target}; add one under fidelities"
         return

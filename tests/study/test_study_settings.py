@@ -66,6 +66,14 @@ def test_replicates_pair_orders_and_seeds(folder):
     assert load(folder, seeds=1, subsets=3).replicates(1.0) == [(0, 0)]  # all molecules: there is one subset
 
 
+def test_a_protocol_may_have_fewer_fractions(folder):
+    study = load(folder, protocols={"mixed": {"fractions": [1.0]}, "joint": {}})
+    assert study.fractions_of("mixed") == [1.0]
+    assert study.fractions_of("joint") == [0.1, 1.0]
+    with pytest.raises(ValueError, match=r"protocols.mixed.fractions: expected some of the study's \[0.1, 1.0\]"):
+        load(folder, protocols={"mixed": {"fractions": [0.5]}})
+
+
 def test_shares_and_steps_by_default(folder):
     study = load(folder, protocols={"fine_tune": {"pretraining": 0.34}, "joint": {}})
     assert shares_of(study, {}, ["dft", "gfn2", "gfn1"]) == pytest.approx({"dft": 0.4, "gfn2": 0.3, "gfn1": 0.3})

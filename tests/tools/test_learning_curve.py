@@ -207,6 +207,18 @@ def test_dry_run_says_what_it_would_cost(sources):
     assert not (output / "runs").exists()
 
 
+def test_a_protocol_with_fewer_fractions_is_tuned_only_there(sources, tmp_path):
+    overrides = ["protocols.fine_tune.fractions=[0.2]", "tune_fractions=[0.2, 1.0]", "learning_rates=[1.0e-3, 2.0e-3]"]
+    plan = planned(sources / "study.yaml", tmp_path / "out", overrides)
+    assert plan.tune_fractions("target_only") == [0.2, 1.0]
+    assert plan.tune_fractions("fine_tune") == [0.2]
+    assert [(point.protocol, point.fraction) for point in plan.points] == [
+        ("target_only", 0.2),
+        ("target_only", 1.0),
+        ("fine_tune", 0.2),
+    ]
+
+
 def test_data_are_the_same_every_time(sources):
     found = []
     for name in ("first", "second"):
