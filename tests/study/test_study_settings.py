@@ -9,6 +9,7 @@ from aimnet2mult.study.commands import Commands, Part, Stage, pretraining_key, t
 from aimnet2mult.study.settings import load_study, pretraining_steps, shares_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "learning_curve"
 
 STUDY = {
     "target": "dft",
@@ -40,6 +41,11 @@ def load(folder, *overrides, **changes):
 def check(folder, *overrides, **changes):
     """Load a study and check the settings of its training runs."""
     Commands(load(folder, *overrides, **changes), folder / "out").check()
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "sharing.yaml"])
+def test_the_studies_of_the_examples(name, tmp_path):
+    Commands(load_study(EXAMPLES / name), tmp_path).check()
 
 
 def test_paths_are_relative_to_the_file(folder, monkeypatch):
