@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole main job on the data of this folder: self-atomic energies -> training on three levels of theory at once ->
+# The whole main job on the data of this folder: reference energies -> training on three levels of theory at once ->
 # one compiled model per level -> inference with PyTorch alone -> errors on molecules that were not trained on.
 # Minutes on two CPU cores. Other settings: CONFIG=config/train.yaml MODEL=config/model.yaml ./run_example.sh
 set -euo pipefail
@@ -19,9 +19,14 @@ DISPERSION=("--dispersion d3bj --dispersion-functional b3lyp" "" "")
 echo "== 0. a look at the data"
 "$PYTHON" -m aimnet2mult.tools.check_data "dft=${TRAIN[0]}" "gfn2=${TRAIN[1]}" "gfn1=${TRAIN[2]}"
 
-echo "== 1. self-atomic energies"
-for f in 0 1 2; do
-    "$PYTHON" -m aimnet2mult.train.calc_sae "${TRAIN[$f]}" "$OUT/sae_${NAMES[$f]}.yaml"
+echo "== 1. reference energies"
+# The data have ions and open shells: beside self-atomic energies, terms in charge and spin. The level with the most data
+# comes first; the others are fitted to what differs from it.
+TERMS=(--charge-term --spin-term)
+"$PYTHON" -m aimnet2mult.train.calc_sae "${TRAIN[1]}" "$OUT/sae_gfn2.yaml" "${TERMS[@]}"
+for f in 0 2; do
+    "$PYTHON" -m aimnet2mult.train.calc_sae "${TRAIN[$f]}" "$OUT/sae_${NAMES[$f]}.yaml" "${TERMS[@]}" \
+        --anchor "${TRAIN[1]}" --anchor-sae "$OUT/sae_gfn2.yaml"
 done
 
 echo "== 2. training"

@@ -146,7 +146,7 @@ def test_the_example_from_beginning_to_end(tmp_path):
 
     import numpy as np
 
-    from aimnet2mult.data.sae import sae_energy
+    from aimnet2mult.data.sae import reference_energy
     from aimnet2mult.data.sgdataset import SizeGroupedDataset
     from aimnet2mult.models.base import build_model, load_checkpoint, load_weights
     from aimnet2mult.models.jit_wrapper import load_jit_model
@@ -176,7 +176,7 @@ def test_the_example_from_beginning_to_end(tmp_path):
         for f, compiled in deployed.items():
             encoded = {**data, "numbers": encode_fidelity(data["numbers"].long(), f, 200)}
             with torch.no_grad():
-                energy = model(encoded)["energy"].numpy() + sae_energy(arrays["numbers"], checkpoint["sae"][f])
+                energy = model(encoded)["energy"].numpy() + reference_energy(arrays, checkpoint["sae"][f])
             np.testing.assert_allclose(compiled(data)["energy"], energy, rtol=0, atol=1e-4)
 
 
