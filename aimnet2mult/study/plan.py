@@ -157,7 +157,7 @@ class Plan:
                     needs,
                     steps=steps,
                 )
-                for rate in self._rates()
+                for rate in _choices(self.study.learning_rates)
             )
             yield from trials
             for seed in sorted({0, *(point.seed for point in self.points if point.protocol == protocol)}):
@@ -169,9 +169,9 @@ class Plan:
                     0 if trials and seed == 0 else steps,
                 )
 
-    def _rates(self) -> list[float]:
-        """Learning rates that are tried; none where there is no choice."""
-        return self.study.learning_rates if len(self.study.learning_rates) > 1 else []
+    def _rates(self, protocol: str) -> list[float]:
+        """Learning rates that are tried for a protocol after pretraining."""
+        return _choices(self.study.rates_of(protocol))
 
     def _pretraining_name(self, protocol: str, seed: int) -> str:
         return f"pretraining {pretraining_key(self.study, protocol)}, seed {seed}"
@@ -196,7 +196,7 @@ class Plan:
         """Trials of learning rates and their validation."""
         for fraction in self.tune_fractions(protocol):
             point = Point(protocol, fraction, 0, *self.study.replicates(fraction)[0])
-            for rate in self._rates():
+            for rate in self._rates(protocol):
                 name = f"{point.name}, learning rate {rate:g}"
                 yield from self._before(point)
                 yield Job(name, partial(self._train, point, rate), self._needs(point), steps=self.own_steps(point))
@@ -204,7 +204,7 @@ class Plan:
 
     def _trial_names(self, protocol: str, fraction: float) -> tuple[str, ...]:
         point = Point(protocol, fraction, 0, *self.study.replicates(fraction)[0])
-        return tuple(f"validation of {point.name}, learning rate {rate:g}" for rate in self._rates())
+        return tuple(f"validation of {point.name}, learning rate {rate:g}" for rate in self._rates(protocol))
 
     def tune_fractions(self, protocol: str) -> list[float]:
         """Fractions at which the data allow trials, or the largest such one; of these, those whose rates are used."""
@@ -239,7 +239,7 @@ class Plan:
     def _point(self, point: Point) -> Iterator[Job]:
         """A point, its validation and its test."""
         tuned = self._tune_fraction(point)
-        found = bool(self._rates()) and point.replicate == 0 and point.fraction == tuned
+        found = bool(self._rates(point.protocol)) and point.replicate == 0 and point.fraction == tuned
         trials = self._trial_names(point.protocol, tuned)
         yield from self._before(point)
         steps = 0 if found else self.own_steps(point)
@@ -352,14 +352,14 @@ class Plan:
         StudyError
             No trial has a result.
         """
-        if not self._rates():
-            return self.study.learning_rates[0]
+        if not self._rates(point.protocol):
+            return self.study.rates_of(point.protocol)[0]
         return _lowest(self.scores(point.protocol, self._tune_fraction(point)), point.name)
 
     def scores(self, protocol: str, fraction: float) -> dict[float, float]:
         """Validation score of each learning rate that was tried for a protocol at a fraction."""
         point = Point(protocol, fraction, 0, *self.study.replicates(fraction)[0])
-        folders = {rate: f"{point.folder}/lr{rate:g}_validation" for rate in self._rates()}
+        folders = {rate: f"{point.folder}/lr{rate:g}_validation" for rate in self._rates(protocol)}
         found = {rate: self.errors(folder) for rate, folder in folders.items()}
         return {rate: self.score(errors) for rate, errors in found.items() if errors}
 
@@ -379,11 +379,19 @@ class Plan:
 
     def pretraining_rate(self, protocol: str) -> float:
         """Learning rate of a pretraining: that of the lowest validation loss."""
-        if not self._rates():
+        if not _choices(self.study.learning_rates):
             return self.study.learning_rates[0]
-        folders = {rate: self._pretrain(protocol, 0, rate).folder for rate in self._rates()}
-        losses = {rate: _lowest_loss(self.folder / folder / RUN) for rate, folder in folders.items()}
-        return _lowest(losses, f"pretraining of {protocol}")
+        return _lowest(self.pretraining_losses(protocol), f"pretraining of {protocol}")
+
+    def pretraining_losses(self, protocol: str) -> dict[float, float]:
+        """Lowest validation loss of each learning rate that was tried for a pretraining; NaN: no result."""
+        folders = {rate: self._pretrain(protocol, 0, rate).folder for rate in _choices(self.study.learning_rates)}
+        return {rate: _lowest_loss(self.folder / folder / RUN) for rate, folder in folders.items()}
+
+
+def _choices(rates: list[float]) -> list[float]:
+    """Learning rates that are tried; none where there is no choice."""
+    return rates if len(rates) > 1 else []
 
 
 def _with(name: str, terms: list[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aimnet2mult.evaluation import pictures as evaluation_pictures
 from aimnet2mult.evaluation.tables import number
+from aimnet2mult.study.commands import pretraining_key
 from aimnet2mult.study.jobs import Command
 from aimnet2mult.study.plan import RUNS, Plan, Point
 from aimnet2mult.study.results import Row, csv_text, equivalent_table, error_table, markdown_table
@@ -163,10 +164,9 @@ class Report:
         lines = [
             "Checkpoints: by `checkpoint.monitor` of the training settings, on the validation structures of the target."
         ]
-        if len(study.learning_rates) > 1:
-            rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+        if any(len(rates) > 1 for rates in (study.learning_rates, *map(study.rates_of, study.protocols))):
             lines.append(
-                f"Learning rates: the best of {rates} by {study.score.energy:g} × energy MAE (eV) + "
+                f"Learning rates: the best of those below by {study.score.energy:g} × energy MAE (eV) + "
                 f"{study.score.forces:g} × forces MAE (eV/Å) on these structures, for each protocol with replicate 0; "
                 "other fractions take that of the nearest one. Pretraining: that with the lowest validation loss on "
                 f"{100 * study.validation.others:g} % of the compositions of its own data, with seed 0."
@@ -175,16 +175,28 @@ class Report:
         return "\n\n".join(lines)
 
     def _trials(self) -> str:
-        """Validation scores of the trials."""
-        study = self.plan.study
-        body = []
-        for protocol in study.protocols:
-            for fraction in self.plan.tune_fractions(protocol):
-                scores = self.plan.scores(protocol, fraction)
-                cells = [number(scores[rate]) if rate in scores else "" for rate in study.learning_rates]
-                body.append([protocol, f"{100 * fraction:g} %", *cells])
-        head = ["protocol", "fraction", *(f"score at {rate:g}" for rate in study.learning_rates)]
-        return markdown_table(head, body)
+        """Validation scores of the trials, and losses of those of pretraining."""
+        plan, study = self.plan, self.plan.study
+        trials = [
+            (protocol, f"{100 * fraction:g} %", plan.scores(protocol, fraction))
+            for protocol in study.protocols
+            for fraction in plan.tune_fractions(protocol)
+        ]
+        pretrainings: dict[str, list[str]] = {}
+        for name in study.protocols:
+            if study.kind(name) in PRETRAINED:
+                pretrainings.setdefault(pretraining_key(study, name), []).append(name)
+        trials += [
+            (f"pretraining of {', '.join(names)} (loss)", "", losses)
+            for names in pretrainings.values()
+            if (losses := plan.pretraining_losses(names[0]))
+        ]
+        rates = sorted({rate for _, _, scores in trials for rate in scores})
+        body = [
+            [name, fraction, *(number(scores[rate]) if rate in scores else "" for rate in rates)]
+            for name, fraction, scores in trials
+        ]
+        return markdown_table(["protocol", "fraction", *(f"score at {rate:g}" for rate in rates)], body)
 
     def _gaps(self) -> list[str]:
         lines = [f"- {point.name}: no result" for point in self.lacking] + [f"- {text}" for text in self.plan.left_out]

@@ -83,6 +83,7 @@ class ProtocolConfig:
     kind: str | None = option("target_only, mixed, fine_tune, joint or delta; null: the name of the protocol", None)
     model: Path | None = option("YAML file of its model; null: that of the study", None)
     fractions: list[float] = option("those of the study's fractions at which it is run; default: all", [])
+    learning_rates: list[float] = option("learning rates to choose from after pretraining; default: the study's", [])
     shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; default: target 0.4", {})
     pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.5", None)
     pretraining_shares: dict[str, float] = option("the same as shares, in pretraining; default: equal", {})
@@ -126,7 +127,7 @@ class StudyConfig:
     seeds: Any = option("number of seeds, or {default: number, fraction: number}", 3)
     steps: int = option("optimiser steps of each point in all, pretraining included", 4000)
     validate_every: int = option("steps between validations; divides steps", 200)
-    learning_rates: list[float] = option("learning rates to choose from", [1.0e-3, 2.0e-3, 4.0e-3])
+    learning_rates: list[float] = option("learning rates to choose from, in pretraining too", [1.0e-3, 2.0e-3, 4.0e-3])
     tune_fractions: list[float] = option(
         "fractions at which learning rates are tried; others take the nearest", [0.1, 1.0]
     )
@@ -149,6 +150,10 @@ class StudyConfig:
     def fractions_of(self, protocol: str) -> list[float]:
         """Fractions at which a protocol is run."""
         return self.protocols[protocol].fractions or self.fractions
+
+    def rates_of(self, protocol: str) -> list[float]:
+        """Learning rates to choose from for a protocol after pretraining."""
+        return self.protocols[protocol].learning_rates or self.learning_rates
 
     def replicates(self, fraction: float) -> list[tuple[int, int]]:
         """Order of the molecules and seed of each replicate.
@@ -241,9 +246,7 @@ def _number_problems(study: StudyConfig) -> Iterator[str]:
     for key, values in (("fractions", study.fractions), ("tune_fractions", study.tune_fractions)):
         if not values or any(not 0 < value <= 1 for value in values) or sorted(set(values)) != list(values):
             yield f"{key}: expected ascending shares in (0, 1], found {list(values)}"
-    rates = study.learning_rates
-    if not rates or any(not (math.isfinite(rate) and rate > 0) for rate in rates) or len(set(rates)) < len(rates):
-        yield f"learning_rates: expected different positive numbers, found {list(rates)}"
+    yield from _rate_problems("learning_rates", study.learning_rates)
     if not 0 < study.validation.fraction < 1:
         yield f"validation.fraction: expected a share in (0, 1), found {study.validation.fraction}"
     if not 0 < study.validation.others < 1:
@@ -255,6 +258,11 @@ def _number_problems(study: StudyConfig) -> Iterator[str]:
     weights = (study.score.energy, study.score.forces)
     if min(weights) < 0 or not 0 < sum(weights) < math.inf:
         yield f"score: expected weights of 0 or more, at least one above, found {weights[0]} and {weights[1]}"
+
+
+def _rate_problems(key: str, rates: Sequence[float]) -> Iterator[str]:
+    if not rates or any(not (math.isfinite(rate) and rate > 0) for rate in rates) or len(set(rates)) < len(rates):
+        yield f"{key}: expected different positive numbers, found {list(rates)}"
 
 
 def _count_problems(key: str, counts: Any, fractions: Sequence[float]) -> Iterator[str]:
@@ -284,6 +292,8 @@ def _protocol_problems(study: StudyConfig, name: str) -> Iterator[str]:
     for option_name, kinds in OPTIONS_OF.items():
         if getattr(protocol, option_name) not in (None, {}) and kind not in kinds:
             yield f"{key}.{option_name}: a protocol of the kind {kind} has no such option ({', '.join(kinds)} have)"
+    if protocol.learning_rates:
+        yield from _rate_problems(f"{key}.learning_rates", protocol.learning_rates)
     if any(fraction not in study.fractions for fraction in protocol.fractions):
         yield f"{key}.fractions: expected some of the study's {study.fractions}, found {protocol.fractions}"
     if kind != TARGET_ONLY and not study.others:

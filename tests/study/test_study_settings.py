@@ -142,6 +142,10 @@ def test_the_settings_of_all_kinds_are_right(folder):
         ({"subsets": {"default": 1, 0.3: 2}}, "subsets.0.3: is not among the fractions"),
         ({"seeds": 0}, "seeds: expected 1 or more"),
         ({"learning_rates": [0.0]}, "learning_rates: expected different positive numbers"),
+        (
+            {"protocols": {"mixed": {"learning_rates": [0.1, 0.1]}}},
+            "protocols.mixed.learning_rates: expected different",
+        ),
         ({"learning_rates": ["fast"]}, "learning_rates: expected a list"),
         ({"steps": 105}, r"steps: 105 is not a multiple of validate_every \(10\)"),
         ({"score": {"energy": 0.0, "forces": 0.0}}, "score: expected weights"),

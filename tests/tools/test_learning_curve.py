@@ -219,6 +219,22 @@ def test_a_protocol_with_fewer_fractions_is_tuned_only_there(sources, tmp_path):
     ]
 
 
+def test_a_protocol_with_other_learning_rates(sources, tmp_path):
+    overrides = ["protocols.target_only.learning_rates=[0.5, 0.25]", "learning_rates=[1.0e-3, 2.0e-3]"]
+    plan = planned(sources / "study.yaml", tmp_path / "out", overrides)
+    names = [job.name for job in plan.jobs() if job.steps]
+    assert [name for name in names if ", fraction 1," in name and "rate" in name] == [
+        "target_only, fraction 1, replicate 0, learning rate 0.5",
+        "target_only, fraction 1, replicate 0, learning rate 0.25",
+        "fine_tune, fraction 1, replicate 0, learning rate 0.001",
+        "fine_tune, fraction 1, replicate 0, learning rate 0.002",
+    ]
+    assert len([name for name in names if name.startswith("pretraining") and "rate" in name]) == 2
+    page = Report(plan, [], plan.points).write().read_text()
+    assert "| protocol | fraction | score at 0.001 | score at 0.002 |" in page
+    assert "| pretraining of fine_tune (loss) |  | nan | nan |" in page
+
+
 def test_data_are_the_same_every_time(sources):
     found = []
     for name in ("first", "second"):
