@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.data.sgdataset import expand_files
 from aimnet2mult.models.base import load_model_config
+from aimnet2mult.study.data import UNSEEN
 from aimnet2mult.study.jobs import Command
 from aimnet2mult.study.settings import (
     DELTA,
@@ -111,6 +112,8 @@ class Commands:
             name: tuple(map(self._relative, expand_files(fidelity.files)))
             for name, fidelity in study.fidelities.items()
         }
+        if study.unseen:
+            self.files |= {name: (UNSEEN.format(name),) for name in study.others}
         self.test = tuple(map(self._relative, expand_files(study.test)))
         self.accumulate = (read_yaml(study.train).get("trainer") or {}).get("accumulate", 1)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 from aimnet2mult.config.builder import ConfigError
 from aimnet2mult.data.base import MoleculeSource
 from aimnet2mult.data.sgdataset import fingerprint, open_dataset, write_dataset
+from aimnet2mult.data.splits import composition_hashes
 from aimnet2mult.study.geometries import difference_data
 from aimnet2mult.study.settings import DELTA, StudyConfig
 from aimnet2mult.study.subsets import (
+    COMPOSITION_SEED,
     composition_table,
     missing_elements,
     molecules,
@@ -28,6 +31,9 @@ from aimnet2mult.utils.files import write_text_atomic
 logger = logging.getLogger(__name__)
 
 FOLDER, RECORD, VALIDATION = "data", "record.json", "data/validation.h5"
+
+UNSEEN = f"{FOLDER}/unseen_{{}}.h5"
+"""Dataset of another fidelity without the compositions of test and validation, to be formatted with its name."""
 
 FORMAT = 3
 """Version of the files: others are written anew."""
@@ -122,21 +128,25 @@ def prepare(study: StudyConfig, folder: Path) -> StudyData:
         write_text_atomic(record, json.dumps({"key": "not complete"}))
     target, test = open_dataset(study.fidelities[study.target].files), open_dataset(study.test)
     lows = {study.low(name) for name in study.protocols if study.kind(name) == DELTA}
-    others = {low: open_dataset(study.fidelities[low].files) for low in study.others if low in lows}
+    read = study.others if study.unseen else [name for name in study.others if name in lows]
+    others = {name: open_dataset(study.fidelities[name].files) for name in read}
     orders = {fraction: _orders(study, fraction) for fraction in study.all_fractions()}
     wanted: dict[str, Any] = {
         "format": FORMAT,
         "sources": [_contents(source) for source in (target, test, *others.values())],
         "validation": asdict(study.validation),
         "orders": [[fraction, count] for fraction, count in orders.items()],
-        "lows": list(others),
+        "lows": [name for name in study.others if name in lows],
+        **({"unseen": True} if study.unseen else {}),
     }
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    known = _read_record(folder, key)
+    known = _read_record(folder, key, study.others if study.unseen else [])
     if known is not None:
         return known
     logger.info("writing the data of the study to %s", folder / FOLDER)
-    data = _write(study, folder, target, test, others, orders)
+    data = _write(study, folder, target, test, {low: others[low] for low in others if low in lows}, orders)
+    if study.unseen:
+        _write_unseen(folder, others, (test, open_dataset(folder / VALIDATION)))
     write_text_atomic(record, json.dumps({"key": key, **asdict(data)}, indent=1) + "\n")
     return data
 
@@ -150,7 +160,7 @@ def _contents(source: MoleculeSource) -> list[str]:
     return [str(file["sha256"]) for file in fingerprint(source)]
 
 
-def _read_record(folder: Path, key: str) -> StudyData | None:
+def _read_record(folder: Path, key: str, unseen: Sequence[str]) -> StudyData | None:
     """What is in the folder, if it is what is wanted and complete."""
     path = folder / FOLDER / RECORD
     if not path.is_file():
@@ -163,6 +173,7 @@ def _read_record(folder: Path, key: str) -> StudyData | None:
     data = StudyData(subsets, differences, **record)
     every = [*subsets, *(subset for found in differences.values() for subset in found)]
     files = [file for subset in every if not subset.missing for file in (subset.file, subset.validation)]
+    files += [UNSEEN.format(name) for name in unseen]
     return data if all((folder / file).is_file() for file in files) else None
 
 
@@ -198,6 +209,17 @@ def _write(
                 data.differences[low].append(Subset(fraction, order, *found))
     _check_differences(study.target, data)
     return data
+
+
+def _write_unseen(folder: Path, others: Mapping[str, MoleculeSource], seen: Sequence[MoleculeSource]) -> None:
+    """Write the structures of the other fidelities whose compositions are not among those of ``seen``."""
+    hashes = np.concatenate([composition_hashes(source, COMPOSITION_SEED) for source in seen])
+    for name, source in others.items():
+        left = np.flatnonzero(~np.isin(composition_hashes(source, COMPOSITION_SEED), hashes))
+        if not len(left):
+            raise ConfigError(f"unseen: all compositions of {name} are among those of test and validation")
+        logger.info("%s: %d of %d structures are of other compositions", name, len(left), len(source))
+        write_structures(folder / UNSEEN.format(name), source, left)
 
 
 @dataclass

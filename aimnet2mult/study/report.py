@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 REPORT, RESULTS, TABLE, EQUIVALENTS, COMMANDS = "report.md", "results.csv", "table.md", "equivalents.md", "commands.sh"
 PICTURE = "learning_curves"
 
+SEEN = "The other fidelities keep all their molecules, those of validation and test, too."
+UNSEEN = "The other fidelities have no molecules of the compositions of validation and test."
+
 RESULT = re.compile(rf"(?<![\w./-]){RUNS}/")
 """Beginning of the names of results in a command line."""
 
@@ -139,7 +142,7 @@ class Report:
             "- The molecules: replicate k has the k-th nested order of the molecules and seed k in all protocols. A "
             "subset has whole molecules, and enough of them to determine the reference energies of all elements.",
             f"- Validation: {self.plan.data.validation_structures} structures of the target, whole compositions that "
-            "no subset has. The other fidelities keep all their molecules, those of validation and test, too.",
+            f"no subset has. {UNSEEN if study.unseen else SEEN}",
             "- The test molecules were evaluated with the final models, and chose nothing.",
         ]
         return "\n".join(lines + [f"- {name}: {self._about(name)}." for name in study.protocols])

@@ -120,6 +120,9 @@ class StudyConfig:
     test: list[Path] = option("HDF5 files of the target on which final models are tested, for the report only")
     protocols: dict[str, ProtocolConfig] = option("name -> protocol")
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    unseen: bool = option(
+        "leave the compositions of the test and validation molecules out of the other fidelities, too", False
+    )
     fractions: list[float] = option(
         "shares of the molecules of the pool, ascending, each in (0, 1]", [0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.8, 1.0]
     )

@@ -21,7 +21,7 @@ from aimnet2mult.data.sgdataset import open_dataset
 from aimnet2mult.study.jobs import Workshop
 from aimnet2mult.study.report import Report
 from aimnet2mult.study.results import collect
-from aimnet2mult.study.subsets import arrays_of
+from aimnet2mult.study.subsets import arrays_of, write_structures
 from aimnet2mult.tools.learning_curve import main, planned
 
 pytestmark = pytest.mark.timeout(900)  # a whole study is two minutes, but on a machine that others use, too
@@ -280,6 +280,32 @@ def test_the_report_says_which_protocol_has_another_model(sources, tmp_path):
     page = Report(plan, [], plan.points).write().read_text()
     assert "- target_only: target_only; model other.yaml; reference energies plain" in page
     assert page.count("model other.yaml") == 1
+
+
+def test_other_fidelities_without_the_compositions_of_test_and_validation(sources, tmp_path):
+    def compositions(*files):
+        source = open_dataset(files)
+        groups = arrays_of(source, np.arange(len(source)))
+        return {tuple(sorted(row)) for arrays in groups.values() for row in arrays["numbers"].tolist()}
+
+    source = open_dataset([FIXTURES / "tiny_fid0.h5"])
+    write_structures(tmp_path / "test.h5", source, np.arange(0, len(source), 6))
+    overrides = [f"test={tmp_path / 'test.h5'}", "unseen=true"]
+    plan = planned(sources / "study.yaml", tmp_path / "out", overrides)
+    (file,) = plan.commands.files["gfn2"]
+    left = compositions(plan.folder / file)
+    all_of_them = compositions(FIXTURES / "tiny_fid1.h5")
+    held_out = compositions(tmp_path / "test.h5") | compositions(plan.folder / "data" / "validation.h5")
+    assert all_of_them & held_out
+    assert left == all_of_them - held_out
+    assert planned(sources / "study.yaml", tmp_path / "out", overrides).data == plan.data
+    assert "no molecules of the compositions of validation and test" in Report(plan, [], []).write().read_text()
+    (plan.folder / file).unlink()
+    planned(sources / "study.yaml", tmp_path / "out", overrides)
+    assert (plan.folder / file).is_file()
+
+    with pytest.raises(ValueError, match="unseen: all compositions of gfn2 are among those of test and validation"):
+        planned(sources / "study.yaml", tmp_path / "other", [f"test={FIXTURES / 'tiny_fid1.h5'}", "unseen=true"])
 
 
 def test_delta_without_common_geometries_is_refused(sources, tmp_path):
