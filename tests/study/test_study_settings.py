@@ -1,5 +1,7 @@
 """Settings of a study: what is wrong is said at once, with its key and what would be right."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ def check(folder, *overrides, **changes):
 @pytest.mark.parametrize("name", ["study.yaml", "sharing.yaml"])
 def test_the_studies_of_the_examples(name, tmp_path):
     Commands(load_study(EXAMPLES / name), tmp_path).check()
+
+
+def test_the_commands_of_the_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES)
+    blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.DOTALL)
+    changed = 0
+    for command in "".join(blocks).replace("\\\n", " ").splitlines():
+        overrides = [word for word in shlex.split(command) if "=" in word]
+        config = re.search(r"--config (\S+)", command)
+        if config:
+            Commands(load_study(config[1], overrides), tmp_path).check()
+            changed += bool(overrides)
+    assert changed == 2
 
 
 def test_paths_are_relative_to_the_file(folder, monkeypatch):
