@@ -23,8 +23,8 @@ from aimnet2mult.study.settings import (
     PRETRAINED,
     TARGET_ONLY,
     StudyConfig,
+    equal_shares,
     pretraining_steps,
-    shares_of,
 )
 from aimnet2mult.train.configuration import load_config, read_yaml
 from aimnet2mult.utils.run_files import MODEL
@@ -146,7 +146,7 @@ class Commands:
         names = self.names(kind)
         paths = {name: self.study.fidelities.get(name, self.study.fidelities[self.study.target]) for name in names}
         parts = tuple(Part(name, tuple(map(str, expand_files(paths[name].files)))) for name in names)
-        stage = Stage(parts, self.study.steps, 1e-3, 0, shares_of(self.study, {}, names), settings)
+        stage = Stage(parts, self.study.steps, 1e-3, 0, equal_shares(names), settings)
         try:
             load_config(self.study.train, [*self._overrides(stage, "unnamed"), "data.sae=null"])
         except ValueError as error:
@@ -259,7 +259,7 @@ def text(key: str, value: Any) -> str:
 def pretraining_key(study: StudyConfig, name: str) -> str:
     """Name of the pretraining of a protocol: the same for protocols whose pretraining is the same."""
     protocol = study.protocols[name]
-    shares = shares_of(study, protocol.pretraining_shares, study.others)
+    shares = protocol.pretraining_shares or equal_shares(study.others)
     model = "" if protocol.model is None else os.path.relpath(protocol.model, study.model.parent)
     settings = dict(protocol.pretraining_settings)
     content = [pretraining_steps(study, name), shares, settings, sorted(protocol.terms), model]

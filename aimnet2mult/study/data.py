@@ -35,7 +35,7 @@ FOLDER, RECORD, VALIDATION = "data", "record.json", "data/validation.h5"
 UNSEEN = f"{FOLDER}/unseen_{{}}.h5"
 """Dataset of another fidelity without the compositions of test and validation, to be formatted with its name."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files: others are written anew."""
 
 
@@ -84,6 +84,8 @@ class StudyData:
         Structures that validate.
     test_structures : int
         Structures for the test.
+    others : dict of str to int
+        Other fidelity -> number of its structures.
     """
 
     subsets: list[Subset]
@@ -92,6 +94,7 @@ class StudyData:
     molecules: int
     validation_structures: int
     test_structures: int
+    others: dict[str, int]
 
     @property
     def sizes(self) -> dict[tuple[float, int], int]:
@@ -127,26 +130,29 @@ def prepare(study: StudyConfig, folder: Path) -> StudyData:
         record.parent.mkdir()
         write_text_atomic(record, json.dumps({"key": "not complete"}))
     target, test = open_dataset(study.fidelities[study.target].files), open_dataset(study.test)
-    lows = {study.low(name) for name in study.protocols if study.kind(name) == DELTA}
-    read = study.others if study.unseen else [name for name in study.others if name in lows]
-    others = {name: open_dataset(study.fidelities[name].files) for name in read}
+    others = {name: open_dataset(study.fidelities[name].files) for name in study.others}
+    delta = {study.low(name) for name in study.protocols if study.kind(name) == DELTA}
+    lows = {name: source for name, source in others.items() if name in delta}
+    read = others if study.unseen else lows
     orders = {fraction: _orders(study, fraction) for fraction in study.all_fractions()}
     wanted: dict[str, Any] = {
         "format": FORMAT,
-        "sources": [_contents(source) for source in (target, test, *others.values())],
+        "sources": [_contents(source) for source in (target, test, *read.values())],
+        "structures": {name: len(source) for name, source in others.items()},
         "validation": asdict(study.validation),
         "orders": [[fraction, count] for fraction, count in orders.items()],
-        "lows": [name for name in study.others if name in lows],
-        **({"unseen": True} if study.unseen else {}),
+        "lows": list(lows),
+        "unseen": study.unseen,
     }
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     known = _read_record(folder, key, study.others if study.unseen else [])
     if known is not None:
         return known
     logger.info("writing the data of the study to %s", folder / FOLDER)
-    data = _write(study, folder, target, test, {low: others[low] for low in others if low in lows}, orders)
+    data = _write(study, folder, target, test, lows, orders)
+    data.others = {name: len(source) for name, source in others.items()}
     if study.unseen:
-        _write_unseen(folder, others, (test, open_dataset(folder / VALIDATION)))
+        data.others = _write_unseen(folder, others, (test, open_dataset(folder / VALIDATION)))
     write_text_atomic(record, json.dumps({"key": key, **asdict(data)}, indent=1) + "\n")
     return data
 
@@ -182,7 +188,7 @@ def _write(
     folder: Path,
     target: MoleculeSource,
     test: MoleculeSource,
-    others: dict[str, MoleculeSource],
+    lows: dict[str, MoleculeSource],
     orders: dict[float, int],
 ) -> StudyData:
     """Write all files."""
@@ -195,7 +201,7 @@ def _write(
         raise ConfigError(f"test: molecules of {test.name} have {absent}, which no molecule to train on has")
     write_structures(folder / VALIDATION, target, np.flatnonzero(validates))
     n_molecules, n_validation = int(molecule.max()) + 1, int(validates.sum())
-    data = StudyData([], {low: [] for low in others}, len(pool), n_molecules, n_validation, len(test))
+    data = StudyData([], {low: [] for low in lows}, len(pool), n_molecules, n_validation, len(test), {})
     for order in range(max(orders.values())):
         fractions = [fraction for fraction, count in orders.items() if order < count]
         for fraction, rows in nested_subsets(molecule, factors[pool], fractions, order).items():
@@ -203,7 +209,7 @@ def _write(
             write_structures(folder / file, target, pool[rows])
             n_molecules = len(np.unique(molecule[rows]))
             data.subsets.append(Subset(fraction, order, file, VALIDATION, int(rows.sum()), n_molecules))
-            for low, source in others.items():
+            for low, source in lows.items():
                 differences = _Differences(target, source, elements, folder, f"{FOLDER}/f{fraction:g}_s{order}_{low}")
                 found = differences.write(pool[rows], molecule[rows], np.flatnonzero(validates))
                 data.differences[low].append(Subset(fraction, order, *found))
@@ -211,8 +217,9 @@ def _write(
     return data
 
 
-def _write_unseen(folder: Path, others: Mapping[str, MoleculeSource], seen: Sequence[MoleculeSource]) -> None:
-    """Write the structures of the other fidelities whose compositions are not among those of ``seen``."""
+def _write_unseen(folder: Path, others: Mapping[str, MoleculeSource], seen: Sequence[MoleculeSource]) -> dict[str, int]:
+    """Write the structures of the other fidelities whose compositions are not among those of ``seen``; count them."""
+    counts = {}
     hashes = np.concatenate([composition_hashes(source, COMPOSITION_SEED) for source in seen])
     for name, source in others.items():
         left = np.flatnonzero(~np.isin(composition_hashes(source, COMPOSITION_SEED), hashes))
@@ -220,6 +227,8 @@ def _write_unseen(folder: Path, others: Mapping[str, MoleculeSource], seen: Sequ
             raise ConfigError(f"unseen: all compositions of {name} are among those of test and validation")
         logger.info("%s: %d of %d structures are of other compositions", name, len(left), len(source))
         write_structures(folder / UNSEEN.format(name), source, left)
+        counts[name] = len(left)
+    return counts
 
 
 @dataclass

@@ -20,8 +20,9 @@ from aimnet2mult.study.settings import (
     MIXED,
     PRETRAINED,
     StudyConfig,
+    equal_shares,
     pretraining_steps,
-    shares_of,
+    shares_by_size,
 )
 from aimnet2mult.utils.run_files import METRICS, MODEL
 
@@ -182,7 +183,7 @@ class Plan:
             Part(name, self.commands.files[name], sae=f"{RUNS}/sae/{_with(name, settings.terms)}")
             for name in self.study.others
         )
-        shares = shares_of(self.study, settings.pretraining_shares, self.study.others)
+        shares = settings.pretraining_shares or equal_shares(self.study.others)
         steps = pretraining_steps(self.study, protocol)
         stage = Stage(parts, steps, rate, seed, shares, settings.pretraining_settings, model=settings.model)
         folder = f"{RUNS}/pretraining_{pretraining_key(self.study, protocol)}/seed{seed}/lr{rate:g}"
@@ -297,8 +298,8 @@ class Plan:
                 Part(name, self.commands.files[name], sae=f"{RUNS}/sae/{_with(name, protocol.terms)}")
                 for name in self.study.others
             ]
-        names = [name for name in self.study.fidelities if kind in (MIXED, JOINT)]
-        shares = shares_of(self.study, protocol.shares, names) if names else {}
+        structures = {**self.data.others, self.study.target: subset.structures}
+        shares = protocol.shares or shares_by_size({name: structures[name] for name in self.study.fidelities})
         pretrained = self._is_pretrained(point) and kind != DELTA
         load = self.pretraining(point.protocol, point.seed).folder if pretrained else ""
         steps = self.own_steps(point)

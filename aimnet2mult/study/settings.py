@@ -36,8 +36,10 @@ PLAIN, ANCHORED = "plain", "anchored"
 TERMS = ("charge", "spin")
 """Terms that reference energies can have beside those of the elements."""
 
-TARGET_SHARE = 0.4
-"""Share of the target among the drawn molecules where a protocol does not say; the others share the rest equally."""
+SHARE_EXPONENT = 0.3
+"""Where a protocol does not say, molecules are drawn in proportion to this power of the number of structures of a
+fidelity, as languages are by Conneau et al. (2020), 10.18653/v1/2020.acl-main.747: scarce ones more often than they
+occur, but not so often that they are learned by heart."""
 
 PRETRAINING = 0.5
 """Share of the steps that pretraining takes where a protocol does not say."""
@@ -84,7 +86,9 @@ class ProtocolConfig:
     model: Path | None = option("YAML file of its model; null: that of the study", None)
     fractions: list[float] = option("those of the study's fractions at which it is run; default: all", [])
     learning_rates: list[float] = option("learning rates to choose from after pretraining; default: the study's", [])
-    shares: dict[str, float] = option("fidelity -> share of the drawn molecules, sum 1; default: target 0.4", {})
+    shares: dict[str, float] = option(
+        "fidelity -> share of the drawn molecules, sum 1; default: in proportion to (number of structures)^0.3", {}
+    )
     pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.5", None)
     pretraining_shares: dict[str, float] = option("the same as shares, in pretraining; default: equal", {})
     low: str | None = option("fidelity that a delta protocol adds a difference to; null: the first one", None)
@@ -336,11 +340,14 @@ def pretraining_steps(study: StudyConfig, protocol: str) -> int:
     return round(share * study.steps / study.validate_every) * study.validate_every
 
 
-def shares_of(study: StudyConfig, given: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the shares of fidelities in the drawn molecules: those given, or the default ones."""
-    if given:
-        return {name: given[name] for name in names}
-    if study.target not in names or len(names) == 1:
-        return dict.fromkeys(names, 1.0 / len(names))
-    rest = (1.0 - TARGET_SHARE) / (len(names) - 1)
-    return {name: TARGET_SHARE if name == study.target else rest for name in names}
+def equal_shares(names: Sequence[str]) -> dict[str, float]:
+    """Return equal shares of fidelities in the drawn molecules."""
+    return dict.fromkeys(names, 1.0 / len(names))
+
+
+def shares_by_size(structures: Mapping[str, int]) -> dict[str, float]:
+    """Return the shares in which fidelities are drawn, from their numbers of structures; with three decimals."""
+    weights = {name: count**SHARE_EXPONENT for name, count in structures.items()}
+    shares = {name: round(weight / sum(weights.values()), 3) for name, weight in weights.items()}
+    largest = max(shares, key=shares.__getitem__)
+    return {**shares, largest: round(shares[largest] + 1.0 - sum(shares.values()), 3)}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from aimnet2mult.study.commands import Commands, Part, Stage, pretraining_key, text
-from aimnet2mult.study.settings import load_study, pretraining_steps, shares_of
+from aimnet2mult.study.settings import equal_shares, load_study, pretraining_steps, shares_by_size
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "learning_curve"
@@ -97,10 +97,18 @@ def test_a_protocol_may_have_fewer_fractions(folder):
 
 def test_shares_and_steps_by_default(folder):
     study = load(folder, protocols={"fine_tune": {"pretraining": 0.34}, "joint": {}})
-    assert shares_of(study, {}, ["dft", "gfn2", "gfn1"]) == pytest.approx({"dft": 0.4, "gfn2": 0.3, "gfn1": 0.3})
-    assert shares_of(study, {}, ["gfn2", "gfn1"]) == {"gfn2": 0.5, "gfn1": 0.5}
+    assert equal_shares(["gfn2", "gfn1"]) == {"gfn2": 0.5, "gfn1": 0.5}
     assert pretraining_steps(study, "fine_tune") == 30
     assert pretraining_steps(study, "joint") == 50
+
+
+def test_scarce_fidelities_are_drawn_more_often_than_they_occur():
+    shares = shares_by_size({"dft": 82, "gfn2": 12967, "gfn1": 14907})
+    assert shares == pytest.approx({"dft": 0.097, "gfn2": 0.442, "gfn1": 0.461})
+    for counts in ({"a": 1, "b": 1, "c": 1}, {"a": 7, "b": 10**8}):
+        shares = shares_by_size(counts)
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-12)
+        assert min(shares.values()) > 0
 
 
 def test_protocols_that_pretrain_alike_share_it(folder):

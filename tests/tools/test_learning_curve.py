@@ -298,6 +298,7 @@ def test_other_fidelities_without_the_compositions_of_test_and_validation(source
     held_out = compositions(tmp_path / "test.h5") | compositions(plan.folder / "data" / "validation.h5")
     assert all_of_them & held_out
     assert left == all_of_them - held_out
+    assert plan.data.others == {"gfn2": len(open_dataset([plan.folder / file]))}
     assert planned(sources / "study.yaml", tmp_path / "out", overrides).data == plan.data
     assert "no molecules of the compositions of validation and test" in Report(plan, [], []).write().read_text()
     (plan.folder / file).unlink()
