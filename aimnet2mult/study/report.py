@@ -14,7 +14,7 @@ from aimnet2mult.study.commands import pretraining_key
 from aimnet2mult.study.jobs import Command
 from aimnet2mult.study.plan import RUNS, Plan, Point
 from aimnet2mult.study.results import Row, csv_text, equivalent_table, error_table, markdown_table
-from aimnet2mult.study.settings import JOINT, MIXED, PRETRAINED, pretraining_steps
+from aimnet2mult.study.settings import JOINT, MIXED, PRETRAINED, SHARE_EXPONENT, pretraining_steps
 from aimnet2mult.utils.files import atomic_path, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,9 @@ class Report:
             words.append(f"model {protocol.model.name}")
         if kind in PRETRAINED:
             words.append(f"pretrained for {pretraining_steps(study, name)} steps on {', '.join(study.others)}")
-        if kind in (MIXED, JOINT) and protocol.shares:
-            words.append("shares " + ", ".join(f"{key} {value:g}" for key, value in protocol.shares.items()))
+        if kind in (MIXED, JOINT):
+            given = ", ".join(f"{key} {value:g}" for key, value in protocol.shares.items())
+            words.append(f"drawn in the shares {given or f'(number of structures)^{SHARE_EXPONENT}'}")
         words.append(f"reference energies {protocol.reference}" + "".join(f" + {term}" for term in protocol.terms))
         words += [f"{key} = {value}" for key, value in protocol.settings.items()]
         words += [f"pretraining {key} = {value}" for key, value in protocol.pretraining_settings.items()]
