@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,10 +196,7 @@ class Report:
             if (losses := plan.pretraining_losses(names[0]))
         ]
         rates = sorted({rate for _, _, scores in trials for rate in scores})
-        body = [
-            [name, fraction, *(number(scores[rate]) if rate in scores else "" for rate in rates)]
-            for name, fraction, scores in trials
-        ]
+        body = [[name, fraction, *(_score(scores, rate) for rate in rates)] for name, fraction, scores in trials]
         return markdown_table(["protocol", "fraction", *(f"score at {rate:g}" for rate in rates)], body)
 
     def _gaps(self) -> list[str]:
@@ -220,6 +217,14 @@ class Report:
                 lines += [f"\n# {point.name}", *map(command_line, commands)]
                 written.update(command.folder for command in commands)
         return "\n".join(lines) + "\n"
+
+
+def _score(scores: Mapping[float, float], rate: float) -> str:
+    """What a learning rate has given, the best one in bold; empty: it was not tried."""
+    if rate not in scores:
+        return ""
+    text = number(scores[rate])
+    return f"**{text}**" if scores[rate] <= min(scores.values()) else text
 
 
 def command_line(command: Command) -> str:
