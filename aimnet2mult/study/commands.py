@@ -24,6 +24,7 @@ from aimnet2mult.study.settings import (
     TARGET_ONLY,
     StudyConfig,
     equal_shares,
+    pretraining_shares,
     pretraining_steps,
 )
 from aimnet2mult.train.configuration import load_config, read_yaml
@@ -259,7 +260,7 @@ def text(key: str, value: Any) -> str:
 def pretraining_key(study: StudyConfig, name: str) -> str:
     """Name of the pretraining of a protocol: the same for protocols whose pretraining is the same."""
     protocol = study.protocols[name]
-    shares = protocol.pretraining_shares or equal_shares(study.others)
+    shares = pretraining_shares(study, name)
     model = "" if protocol.model is None else os.path.relpath(protocol.model, study.model.parent)
     settings = dict(protocol.pretraining_settings)
     content = [pretraining_steps(study, name), shares, settings, sorted(protocol.terms), model]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from aimnet2mult.study.settings import (
     MIXED,
     PRETRAINED,
     StudyConfig,
-    equal_shares,
+    pretraining_shares,
     pretraining_steps,
     shares_by_size,
 )
@@ -183,8 +183,7 @@ class Plan:
             Part(name, self.commands.files[name], sae=f"{RUNS}/sae/{_with(name, settings.terms)}")
             for name in self.study.others
         )
-        shares = settings.pretraining_shares or equal_shares(self.study.others)
-        steps = pretraining_steps(self.study, protocol)
+        shares, steps = pretraining_shares(self.study, protocol), pretraining_steps(self.study, protocol)
         stage = Stage(parts, steps, rate, seed, shares, settings.pretraining_settings, model=settings.model)
         folder = f"{RUNS}/pretraining_{pretraining_key(self.study, protocol)}/seed{seed}/lr{rate:g}"
         return self.commands.train(folder, stage)
@@ -293,13 +292,14 @@ class Plan:
                 f"{point.folder}/sae",
             )
         ]
+        shares: Mapping[str, float] = {}
         if kind in (MIXED, JOINT):
             parts += [
                 Part(name, self.commands.files[name], sae=f"{RUNS}/sae/{_with(name, protocol.terms)}")
                 for name in self.study.others
             ]
-        structures = {**self.data.others, self.study.target: subset.structures}
-        shares = protocol.shares or shares_by_size({name: structures[name] for name in self.study.fidelities})
+            structures = {**self.data.others, self.study.target: subset.structures}
+            shares = protocol.shares or shares_by_size({name: structures[name] for name in self.study.fidelities})
         pretrained = self._is_pretrained(point) and kind != DELTA
         load = self.pretraining(point.protocol, point.seed).folder if pretrained else ""
         steps = self.own_steps(point)
@@ -385,9 +385,10 @@ class Plan:
         return _lowest(self.pretraining_losses(protocol), f"pretraining of {protocol}")
 
     def pretraining_losses(self, protocol: str) -> dict[float, float]:
-        """Lowest validation loss of each learning rate that was tried for a pretraining; NaN: no result."""
+        """Lowest validation loss of each learning rate that was tried for a pretraining."""
         folders = {rate: self._pretrain(protocol, 0, rate).folder for rate in _choices(self.study.learning_rates)}
-        return {rate: _lowest_loss(self.folder / folder / RUN) for rate, folder in folders.items()}
+        found = {rate: _validation_losses(self.folder / folder / RUN) for rate, folder in folders.items()}
+        return {rate: min(losses) for rate, losses in found.items() if losses}
 
 
 def _choices(rates: list[float]) -> list[float]:
@@ -405,12 +406,11 @@ def _nearest(fraction: float, fractions: Sequence[float]) -> float:
     return min(fractions, key=lambda other: abs(math.log(fraction / other)))
 
 
-def _lowest_loss(run: Path) -> float:
-    """Lowest validation loss of a finished run; NaN if it has none."""
+def _validation_losses(run: Path) -> list[float]:
+    """Validation losses of a finished run; none of one that is not."""
     if not (run / MODEL).is_file():
-        return math.nan
-    losses = [record["val/loss"] for record in read_history(run / METRICS) if "val/loss" in record]
-    return min(losses, default=math.nan)
+        return []
+    return [record["val/loss"] for record in read_history(run / METRICS) if "val/loss" in record]
 
 
 def _lowest(scores: dict[float, float], name: str) -> float:

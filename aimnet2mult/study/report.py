@@ -1,6 +1,7 @@
 """The files that a study ends with: tables, pictures, the command lines, and a page that holds all this together."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -21,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 REPORT, RESULTS, TABLE, EQUIVALENTS, COMMANDS = "report.md", "results.csv", "table.md", "equivalents.md", "commands.sh"
 PICTURE = "learning_curves"
-
-SEEN = "The other fidelities keep all their molecules, those of validation and test, too."
-UNSEEN = "The other fidelities have no molecules of the compositions of validation and test."
 
 RESULT = re.compile(rf"(?<![\w./-]){RUNS}/")
 """Beginning of the names of results in a command line."""
@@ -134,6 +132,10 @@ class Report:
 
     def _equal(self) -> str:
         study = self.plan.study
+        if study.unseen:
+            others = "The other fidelities have no molecules of the compositions of validation and test."
+        else:
+            others = "The other fidelities keep all their molecules, those of validation and test, too."
         lines = [
             f"- The model ({study.model.name}) and the settings of training ({study.train.name}), apart from what a "
             "protocol says.",
@@ -142,7 +144,7 @@ class Report:
             "- The molecules: replicate k has the k-th nested order of the molecules and seed k in all protocols. A "
             "subset has whole molecules, and enough of them to determine the reference energies of all elements.",
             f"- Validation: {self.plan.data.validation_structures} structures of the target, whole compositions that "
-            f"no subset has. {UNSEEN if study.unseen else SEEN}",
+            f"no subset has. {others}",
             "- The test molecules were evaluated with the final models, and chose nothing.",
         ]
         return "\n".join(lines + [f"- {name}: {self._about(name)}." for name in study.protocols])
@@ -158,6 +160,8 @@ class Report:
         if kind in (MIXED, JOINT):
             given = ", ".join(f"{key} {value:g}" for key, value in protocol.shares.items())
             words.append(f"drawn in the shares {given or f'(number of structures)^{SHARE_EXPONENT}'}")
+        if len(study.rates_of(name)) == 1:
+            words.append(f"learning rate {study.rates_of(name)[0]:g}")
         words.append(f"reference energies {protocol.reference}" + "".join(f" + {term}" for term in protocol.terms))
         words += [f"{key} = {value}" for key, value in protocol.settings.items()]
         words += [f"pretraining {key} = {value}" for key, value in protocol.pretraining_settings.items()]
@@ -184,18 +188,19 @@ class Report:
         trials = [
             (protocol, f"{100 * fraction:g} %", plan.scores(protocol, fraction))
             for protocol in study.protocols
+            if len(study.rates_of(protocol)) > 1
             for fraction in plan.tune_fractions(protocol)
         ]
         pretrainings: dict[str, list[str]] = {}
         for name in study.protocols:
             if study.kind(name) in PRETRAINED:
                 pretrainings.setdefault(pretraining_key(study, name), []).append(name)
-        trials += [
-            (f"pretraining of {', '.join(names)} (loss)", "", losses)
-            for names in pretrainings.values()
-            if (losses := plan.pretraining_losses(names[0]))
-        ]
-        rates = sorted({rate for _, _, scores in trials for rate in scores})
+        if len(study.learning_rates) > 1:
+            trials += [
+                (f"pretraining of {', '.join(names)} (loss)", "", plan.pretraining_losses(names[0]))
+                for names in pretrainings.values()
+            ]
+        rates = sorted({*study.learning_rates, *(rate for name in study.protocols for rate in study.rates_of(name))})
         body = [[name, fraction, *(_score(scores, rate) for rate in rates)] for name, fraction, scores in trials]
         return markdown_table(["protocol", "fraction", *(f"score at {rate:g}" for rate in rates)], body)
 
@@ -224,7 +229,8 @@ def _score(scores: Mapping[float, float], rate: float) -> str:
     if rate not in scores:
         return ""
     text = number(scores[rate])
-    return f"**{text}**" if scores[rate] <= min(scores.values()) else text
+    finite = filter(math.isfinite, scores.values())
+    return f"**{text}**" if scores[rate] == min(finite, default=None) else text
 
 
 def command_line(command: Command) -> str:

@@ -340,6 +340,11 @@ def pretraining_steps(study: StudyConfig, protocol: str) -> int:
     return round(share * study.steps / study.validate_every) * study.validate_every
 
 
+def pretraining_shares(study: StudyConfig, protocol: str) -> dict[str, float]:
+    """Return the shares in which pretraining draws the fidelities beside the target."""
+    return dict(study.protocols[protocol].pretraining_shares) or equal_shares(study.others)
+
+
 def equal_shares(names: Sequence[str]) -> dict[str, float]:
     """Return equal shares of fidelities in the drawn molecules."""
     return dict.fromkeys(names, 1.0 / len(names))

@@ -231,8 +231,8 @@ def test_a_protocol_with_other_learning_rates(sources, tmp_path):
     ]
     assert len([name for name in names if name.startswith("pretraining") and "rate" in name]) == 2
     page = Report(plan, [], plan.points).write().read_text()
-    assert "| protocol | fraction | score at 0.001 | score at 0.002 |" in page
-    assert "| pretraining of fine_tune (loss) |  | nan | nan |" in page
+    assert "| protocol | fraction | score at 0.001 | score at 0.002 | score at 0.25 | score at 0.5 |" in page
+    assert "| pretraining of fine_tune (loss) |  |  |  |  |  |" in page
 
 
 def test_data_are_the_same_every_time(sources):
@@ -278,7 +278,7 @@ def test_the_report_says_which_protocol_has_another_model(sources, tmp_path):
     shutil.copy(FIXTURES / "ref_single_model.yaml", tmp_path / "other.yaml")
     plan = planned(sources / "study.yaml", tmp_path / "out", [f"protocols.target_only.model={tmp_path / 'other.yaml'}"])
     page = Report(plan, [], plan.points).write().read_text()
-    assert "- target_only: target_only; model other.yaml; reference energies plain" in page
+    assert "- target_only: target_only; model other.yaml; learning rate 0.001; reference energies plain" in page
     assert page.count("model other.yaml") == 1
 
 
