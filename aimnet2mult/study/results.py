@@ -114,13 +114,21 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def curves(rows: Sequence[Row], quantity: str) -> dict[str, dict[int, list[float]]]:
-    """Errors of each protocol: protocol -> number of target structures (mean over replicates) -> MAE of replicates."""
+    """Errors of each protocol: protocol -> number of target structures (mean over replicates) -> MAE of replicates.
+
+    Fractions with the same number count as one.
+    """
     found: dict[str, dict[int, list[float]]] = {}
     for points in grouped(rows).values():
-        errors = [getattr(row, f"{quantity}_mae") for row in points]
+        errors = mean_absolute_errors(points, quantity)
         if not any(map(math.isnan, errors)):
-            found.setdefault(points[0].protocol, {})[mean_structures(points)] = errors
+            found.setdefault(points[0].protocol, {}).setdefault(mean_structures(points), []).extend(errors)
     return found
+
+
+def mean_absolute_errors(points: Sequence[Row], quantity: str) -> list[float]:
+    """MAE of replicates."""
+    return [getattr(row, f"{quantity}_mae") for row in points]
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
@@ -183,11 +191,11 @@ def equivalent_table(rows: Sequence[Row], kind: Callable[[str], str]) -> str:
     for (protocol, fraction), points in grouped(rows).items():
         if protocol == alone:
             continue
-        count = mean_structures(points)
-        cells: list[object] = [protocol, f"{100 * fraction:g} %", count]
-        for found in by_quantity.values():
-            known = alone in found and count in found.get(protocol, {})
-            cells.append(_equivalent_cell(found[alone], found[protocol][count]) if known else "")
+        cells: list[object] = [protocol, f"{100 * fraction:g} %", mean_structures(points)]
+        for quantity, found in by_quantity.items():
+            errors = mean_absolute_errors(points, quantity)
+            known = alone in found and not any(map(math.isnan, errors))
+            cells.append(_equivalent_cell(found[alone], errors) if known else "")
         body.append(cells)
     head = ["protocol", "fraction", "target structures", *(f"equivalent by {quantity} MAE" for quantity in QUANTITIES)]
     return markdown_table(head, body)

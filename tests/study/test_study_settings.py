@@ -45,7 +45,7 @@ def check(folder, *overrides, **changes):
     Commands(load(folder, *overrides, **changes), folder / "out").check()
 
 
-@pytest.mark.parametrize("name", ["study.yaml", "sharing.yaml"])
+@pytest.mark.parametrize("name", ["study.yaml", "sharing.yaml", "unseen.yaml"])
 def test_the_studies_of_the_examples(name, tmp_path):
     Commands(load_study(EXAMPLES / name), tmp_path).check()
 
