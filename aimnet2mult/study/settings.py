@@ -41,7 +41,7 @@ SHARE_EXPONENT = 0.3
 fidelity, as languages are by Conneau et al. (2020), 10.18653/v1/2020.acl-main.747: scarce ones more often than they
 occur, but not so often that they are learned by heart."""
 
-PRETRAINING = 0.5
+PRETRAINING = 0.75
 """Share of the steps that pretraining takes where a protocol does not say."""
 
 DIFFERENCE = "difference"
@@ -89,7 +89,7 @@ class ProtocolConfig:
     shares: dict[str, float] = option(
         "fidelity -> share of the drawn molecules, sum 1; default: in proportion to (number of structures)^0.3", {}
     )
-    pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.5", None)
+    pretraining: float | None = option("share of the steps that goes into pretraining, in (0, 1); null: 0.75", None)
     pretraining_shares: dict[str, float] = option("the same as shares, in pretraining; default: equal", {})
     low: str | None = option("fidelity that a delta protocol adds a difference to; null: the first one", None)
     reference: str = option(

@@ -99,7 +99,7 @@ def test_shares_and_steps_by_default(folder):
     study = load(folder, protocols={"fine_tune": {"pretraining": 0.34}, "joint": {}})
     assert equal_shares(["gfn2", "gfn1"]) == {"gfn2": 0.5, "gfn1": 0.5}
     assert pretraining_steps(study, "fine_tune") == 30
-    assert pretraining_steps(study, "joint") == 50
+    assert pretraining_steps(study, "joint") == 80
 
 
 def test_scarce_fidelities_are_drawn_more_often_than_they_occur():

@@ -49,7 +49,7 @@ STUDY = {
     "validate_every": 2,
     "learning_rates": [1.0e-3],
     "tune_fractions": [1.0],
-    "protocols": {"target_only": {}, "fine_tune": {"reference": "anchored", "terms": ["charge"]}},
+    "protocols": {"target_only": {}, "fine_tune": {"pretraining": 0.5, "reference": "anchored", "terms": ["charge"]}},
 }
 
 
@@ -316,7 +316,7 @@ def test_delta_without_common_geometries_is_refused(sources, tmp_path):
     with h5py.File(tmp_path / "moved.h5", "r+") as file:
         for group in file.values():
             group["coord"][...] += 1.0
-    overrides = ["protocols.delta={}", f"fidelities.gfn2.files={tmp_path / 'moved.h5'}"]
+    overrides = ["protocols.delta={pretraining: 0.5}", f"fidelities.gfn2.files={tmp_path / 'moved.h5'}"]
     done = CliRunner().invoke(main, ["-c", str(sources / "study.yaml"), "-o", str(tmp_path / "out"), *overrides])
     assert done.exit_code == 2
     assert "dft and gfn2 have no geometries in common" in done.output
