@@ -206,7 +206,7 @@ def test_combined_file_adds_the_terms_of_each_molecule_s_fidelity(compiled, mole
     first = data["fidelity"] == 0
     with_terms = load_jit_model(compiled[2])(data)["energy"]
     single = load_jit_model(compiled[0])({key: data[key] for key in ("coord", "numbers", "charge", "mult")})["energy"]
-    torch.testing.assert_close((with_terms - single)[first], terms_of(data)[first], rtol=0, atol=1e-9)
+    torch.testing.assert_close((with_terms - single)[first], terms_of(data)[first], rtol=0, atol=1e-6)  # another file
     everywhere = {**data, "fidelity": torch.tensor(1)}
     others = load_jit_model(compiled[2])(everywhere)["energy"]
     torch.testing.assert_close(with_terms[~first], others[~first], rtol=0, atol=1e-6)  # another batch
