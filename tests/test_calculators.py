@@ -108,7 +108,7 @@ def test_empty_atoms_and_dummy_atoms(compiled):
     assert calc.get_potential_energy(Atoms()) == 0.0
     water = molecule("H2O")
     with_dummy = water + Atoms("X", [[0.0, 0.0, 0.7]])
-    assert calc.get_potential_energy(with_dummy) == pytest.approx(calc.get_potential_energy(water), abs=1e-6)
+    assert calc.get_potential_energy(with_dummy) == pytest.approx(calc.get_potential_energy(water), abs=1e-8)
     np.testing.assert_array_equal(calc.get_forces(with_dummy)[3], 0.0)
 
 

@@ -121,14 +121,15 @@ def curves(rows: Sequence[Row], quantity: str) -> dict[str, dict[int, list[float
     found: dict[str, dict[int, list[float]]] = {}
     for points in grouped(rows).values():
         errors = mean_absolute_errors(points, quantity)
-        if not any(map(math.isnan, errors)):
+        if errors:
             found.setdefault(points[0].protocol, {}).setdefault(mean_structures(points), []).extend(errors)
     return found
 
 
 def mean_absolute_errors(points: Sequence[Row], quantity: str) -> list[float]:
-    """MAE of replicates."""
-    return [getattr(row, f"{quantity}_mae") for row in points]
+    """MAE of replicates; none if one of them has no labels."""
+    errors = [getattr(row, f"{quantity}_mae") for row in points]
+    return [] if any(map(math.isnan, errors)) else errors
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
@@ -194,8 +195,7 @@ def equivalent_table(rows: Sequence[Row], kind: Callable[[str], str]) -> str:
         cells: list[object] = [protocol, f"{100 * fraction:g} %", mean_structures(points)]
         for quantity, found in by_quantity.items():
             errors = mean_absolute_errors(points, quantity)
-            known = alone in found and not any(map(math.isnan, errors))
-            cells.append(_equivalent_cell(found[alone], errors) if known else "")
+            cells.append(_equivalent_cell(found[alone], errors) if alone in found and errors else "")
         body.append(cells)
     head = ["protocol", "fraction", "target structures", *(f"equivalent by {quantity} MAE" for quantity in QUANTITIES)]
     return markdown_table(head, body)

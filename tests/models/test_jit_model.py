@@ -36,7 +36,8 @@ def test_tensors_made_under_inference_mode(model, one):
         made = {key: value.clone() for key, value in one.items()}
     expected = model(one)["forces"]
     for call in (model, model.module):  # the latter as from plain torch.jit.load
-        torch.testing.assert_close(call(made)["forces"], expected, rtol=0, atol=1e-6)
+        # Up to a few units in the last place of the largest force: they differ by one on some CPUs.
+        torch.testing.assert_close(call(made)["forces"], expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("method", ["autograd", "finite_difference"])
